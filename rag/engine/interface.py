@@ -1,0 +1,75 @@
+"""The small interface between the engine and everything above it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. `temperature` 0 is greedy and ignores the rest but the penalty.
+
+    top_k 0 and top_p 1.0 switch those filters off. repetition_penalty follows CTRL (Keskar et al.,
+    2019), as transformers applies it: logits of tokens already in prompt or output are divided by
+    it where positive and multiplied where negative. `seed` None draws a fresh one.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to continue. Raises nothing itself; the engine checks it against its limits."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_ids: tuple[int, ...] = ()  # the stop token ends the output and is not part of it
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One new token with its log-probability (natural log, before temperature and filters)."""
+
+    request_id: str
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class FinishEvent:
+    """The end of one request. Times are seconds from when `generate` was called."""
+
+    request_id: str
+    reason: Literal["stop", "length", "cancelled"]
+    prompt_tokens: int
+    reused_tokens: int
+    new_tokens: int
+    seconds_to_first_token: float
+    seconds: float
+
+
+Event = TokenEvent | FinishEvent
+
+
+class Engine(Protocol):
+    """A causal LM with its KV cache on `device`."""
+
+    device: str
+    dtype: str
+    context_length: int  # most prompt + new tokens of one request
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Event]:
+        """Run the requests and yield their events as they come. Closing the iterator cancels.
+
+        Raises GeneratorError where a prompt and its new tokens exceed `context_length`.
+        """
+        ...
