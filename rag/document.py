@@ -68,6 +68,21 @@ class Chunk:
     title: str = ""
 
     @property
+    def place(self) -> str:
+        """Title and heading path as one line, without saying the same twice."""
+        parts: list[str] = []
+        for part in (self.title, *self.headings):
+            if part and part not in parts:
+                parts.append(part)
+        return " > ".join(parts)
+
+    @property
+    def indexed_text(self) -> str:
+        """What is embedded and searched: where the passage stands, then its words."""
+        place = self.place
+        return f"{place}\n{self.text}" if place else self.text
+
+    @property
     def id(self) -> str:
         """16 hex digits that depend only on place and text, so that two ingests agree."""
         key = f"{self.path}\0{self.start}\0{self.end}\0{self.text}"

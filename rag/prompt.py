@@ -69,8 +69,7 @@ def neutralise(text: str) -> str:
 
 def passage_text(hit: Hit) -> str:
     """A passage as models see it: where it stands, then its words."""
-    place = " > ".join(part for part in (hit.chunk.title, *hit.chunk.headings) if part)
-    return f"{place}\n{hit.chunk.text}" if place else hit.chunk.text
+    return hit.chunk.indexed_text
 
 
 def reader_prompt(question: str, passages: Sequence[str], *, blocks: bool = False) -> str:

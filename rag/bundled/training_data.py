@@ -1,0 +1,59 @@
+"""Reads the training files: JSON lines, xz-compressed, UTF-8. Knows names and keys, nothing of models."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rag.errors import InputError
+
+_SENTENCE_END = re.compile(r"(?<=[。！？；])|(?<=[.!?])\s+|\n+")
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of one `.jsonl.xz` file, in order. Raises InputError where the file is missing."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing. --data must name the folder that holds the .jsonl.xz files.")
+    with lzma.open(path, "rt", encoding="utf8") as lines:
+        for line in lines:
+            yield json.loads(line)
+
+
+def text_files(data: Path) -> list[Path]:
+    """The plain-text collections, `text.LANGUAGE.SOURCE.jsonl.xz`, in a stable order."""
+    files = sorted(data.glob("text.*.jsonl.xz"))
+    if not files:
+        raise InputError(f"{data} holds no text.*.jsonl.xz file. --data must name the training folder.")
+    return files
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences of a plain text, Chinese or English, without surrounding blanks."""
+    return [part.strip() for part in _SENTENCE_END.split(text) if part and part.strip()]
+
+
+def windows(
+    text: str, *, rng: random.Random, count: int, characters: int
+) -> Iterator[list[str]]:
+    """Up to `count` runs of neighbouring sentences of about `characters` characters each.
+
+    Only runs of at least two sentences come out, as inverse cloze needs one to ask with.
+    """
+    parts = sentences(text)
+    if len(parts) < 2:
+        return
+    for _ in range(min(count, 1 + len(text) // (2 * characters))):
+        at = rng.randrange(len(parts) - 1)
+        window: list[str] = []
+        length = 0
+        while at < len(parts) and length < characters:
+            window.append(parts[at])
+            length += len(parts[at])
+            at += 1
+        if len(window) >= 2:
+            yield window

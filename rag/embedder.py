@@ -1,0 +1,222 @@
+"""Text -> vectors: float32 rows of unit length, so that a dot product is a cosine.
+
+A model whose only layer is a table of token vectors (sentence-transformers' `StaticEmbedding`, the
+bundled one among them) is read without torch and gives the same vectors, which keeps the start of
+a command under a second. Every other sentence-transformers model runs in that library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from rag.errors import EmbedderError
+
+Vectors = npt.NDArray[np.float32]
+
+BUNDLED = Path(__file__).parent / "bundled" / "embedder"
+_BATCH = 64  # texts a forward in sentence-transformers
+_STATIC_BATCH = 1_024  # texts a look-up in a static table
+
+
+class Embedder(Protocol):
+    """What turns texts into vectors.
+
+    `fingerprint` changes whenever the vectors would: two embedders with one fingerprint agree.
+    `max_tokens` is the longest text the model reads, None where there is no limit.
+    """
+
+    name: str
+    fingerprint: str
+    dim: int
+    max_tokens: int | None
+
+    def embed_passages(self, texts: Sequence[str]) -> Vectors:
+        """float32 (n, dim), rows of unit length (zero for a text without any token)."""
+        ...
+
+    def embed_questions(self, texts: Sequence[str]) -> Vectors:
+        """Like `embed_passages`, with the model's own prompt for queries where it has one."""
+        ...
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens the model reads for each text, special tokens not counted."""
+        ...
+
+
+def load_embedder(name: str, *, device: str = "auto") -> Embedder:
+    """Load "bundled", a folder, or a Hugging Face name.
+
+    Raises EmbedderError where it isn't there or is no sentence-transformers model.
+    """
+    folder = BUNDLED if name == "bundled" else Path(name)
+    if name == "bundled" and not (folder / "modules.json").is_file():
+        raise EmbedderError(
+            f"the bundled embedder is missing from {folder}. Install the program again, or train it: "
+            "python -m rag.bundled.train_embedder --data DIR"
+        )
+    if folder.is_dir():
+        if not (folder / "modules.json").is_file() and not (folder / "config.json").is_file():
+            raise EmbedderError(
+                f"{folder} holds no sentence-transformers model (no modules.json or config.json)."
+            )
+        static = _static_layer(folder)
+        if static is not None:
+            return StaticEmbedder(name, static)
+    elif os.sep in name and name.count("/") != 1 or name.startswith((".", "~", "/")):
+        raise EmbedderError(f"the embedder folder {name} does not exist.")
+    return TransformerEmbedder(name, device=device)
+
+
+def _static_layer(folder: Path) -> Path | None:
+    """The folder of the StaticEmbedding layer, where the model is that and nothing that needs torch."""
+    modules_file = folder / "modules.json"
+    if not modules_file.is_file():
+        return None
+    try:
+        modules = json.loads(modules_file.read_text(encoding="utf-8"))
+        kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
+        config_file = folder / "config_sentence_transformers.json"
+        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EmbedderError(f"{modules_file} can't be read as a model description: {error}") from error
+    if kinds not in (["StaticEmbedding"], ["StaticEmbedding", "Normalize"]):
+        return None
+    if any(config.get("prompts", {}).values()) or config.get("truncate_dim"):
+        return None  # left to sentence-transformers, which knows these options
+    return folder / str(modules[0]["path"])
+
+
+class StaticEmbedder:
+    """The mean of a text's token vectors, of unit length.
+
+    Equal to sentence-transformers' StaticEmbedding with Normalize (tested), without importing torch.
+    """
+
+    def __init__(self, name: str, layer: Path) -> None:
+        from safetensors.numpy import load_file
+        from tokenizers import Tokenizer
+
+        weights_file, tokenizer_file = layer / "model.safetensors", layer / "tokenizer.json"
+        for file in (weights_file, tokenizer_file):
+            if not file.is_file():
+                raise EmbedderError(f"{file} is missing, so the embedder {name!r} can't be loaded.")
+        try:
+            tensors = load_file(weights_file)
+            self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        except Exception as error:  # both libraries raise bare exceptions of their own
+            raise EmbedderError(f"the embedder in {layer} can't be read: {error}") from error
+        table = tensors.get("embedding.weight", tensors.get("embeddings"))
+        if table is None:
+            raise EmbedderError(f"{weights_file} has no tensor named embedding.weight.")
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._table: Vectors = np.ascontiguousarray(table, dtype=np.float32)  # (V, dim)
+        self.name = name
+        self.dim = int(self._table.shape[1])
+        self.max_tokens: int | None = None
+        digest = hashlib.sha256(weights_file.read_bytes())
+        digest.update(tokenizer_file.read_bytes())
+        self.fingerprint = digest.hexdigest()[:16]
+
+    def embed_passages(self, texts: Sequence[str]) -> Vectors:
+        rows = np.zeros((len(texts), self.dim), dtype=np.float32)
+        for begin in range(0, len(texts), _STATIC_BATCH):
+            self._embed_into(rows[begin : begin + _STATIC_BATCH], texts[begin : begin + _STATIC_BATCH])
+        return rows
+
+    def _embed_into(self, rows: Vectors, texts: Sequence[str]) -> None:
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        for row, item in zip(rows, encoded, strict=True):
+            if item.ids:
+                self._table.take(item.ids, axis=0).mean(axis=0, out=row)
+        norms = np.linalg.norm(rows, axis=1, keepdims=True)
+        np.divide(rows, norms, out=rows, where=norms > 0)
+
+    def embed_questions(self, texts: Sequence[str]) -> Vectors:
+        return self.embed_passages(texts)
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        counts: list[int] = []
+        for begin in range(0, len(texts), _STATIC_BATCH):
+            batch = list(texts[begin : begin + _STATIC_BATCH])
+            counts += [len(item.ids) for item in
+                       self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)]
+        return counts
+
+
+class TransformerEmbedder:
+    """Any sentence-transformers model, with its own prompts for queries and passages."""
+
+    def __init__(self, name: str, *, device: str = "auto") -> None:
+        from sentence_transformers import SentenceTransformer
+
+        chosen = None if device == "auto" else device
+        try:
+            model: Any = _load_sentence_transformer(SentenceTransformer, name, chosen)
+        except Exception as error:  # the library raises OSError, ValueError, hub errors, ...
+            raise EmbedderError(
+                f"the embedder {name!r} can't be loaded: {error}\n"
+                "It must be a folder with a sentence-transformers model, or a Hugging Face name that "
+                "is on this disk or can be downloaded."
+            ) from error
+        self._model = model
+        self.name = name
+        self.dim = int(model.get_sentence_embedding_dimension())
+        self.max_tokens: int | None = _positive_or_none(model.get_max_seq_length())
+        prompts = {kind: text for kind, text in (model.prompts or {}).items() if text}
+        self._query_prompt = prompts.get("query", "")
+        self._passage_prompt = next(
+            (prompts[kind] for kind in ("document", "passage", "corpus") if kind in prompts), ""
+        )
+        self.fingerprint = self._measure_fingerprint()
+
+    def _measure_fingerprint(self) -> str:
+        """What the model answers to fixed texts: the same weights anywhere give the same."""
+        probes = ["fingerprint", "知识库", "The quick brown fox jumps over 13 lazy dogs."]
+        vectors = np.concatenate([self.embed_passages(probes), self.embed_questions(probes)])
+        rounded = np.round(vectors, 2) + 0.0  # devices differ in the last bits; -0.0 becomes 0.0
+        key = f"{self.dim} {self.max_tokens} ".encode() + rounded.astype("<f4").tobytes()
+        return hashlib.sha256(key).hexdigest()[:16]
+
+    def embed_passages(self, texts: Sequence[str]) -> Vectors:
+        return self._embed(texts, self._passage_prompt)
+
+    def embed_questions(self, texts: Sequence[str]) -> Vectors:
+        return self._embed(texts, self._query_prompt)
+
+    def _embed(self, texts: Sequence[str], prompt: str) -> Vectors:
+        if not texts:
+            return np.zeros((0, self.dim), dtype=np.float32)
+        rows = self._model.encode(
+            list(texts), prompt=prompt or None, batch_size=_BATCH, normalize_embeddings=True,
+            convert_to_numpy=True, show_progress_bar=False,
+        )
+        return np.asarray(rows, dtype=np.float32)
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        encoded = self._model.tokenizer(
+            list(texts), add_special_tokens=False, truncation=False, padding=False, verbose=False
+        )
+        return [len(ids) for ids in encoded["input_ids"]]
+
+
+def _load_sentence_transformer(kind: Any, name: str, device: str | None) -> Any:
+    """From this disk where it is there, so that nothing is asked of the network; else from the hub."""
+    try:
+        return kind(name, device=device, local_files_only=True)
+    except Exception:
+        if Path(name).is_dir() or os.environ.get("HF_HUB_OFFLINE") == "1":
+            raise
+        return kind(name, device=device)
+
+
+def _positive_or_none(number: Any) -> int | None:
+    return int(number) if number and 0 < int(number) < 1_000_000 else None

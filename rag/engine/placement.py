@@ -1,0 +1,213 @@
+"""Where a model goes and whether it fits: device, dtype, bytes of weights, bytes of cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rag.errors import GeneratorError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# What a forward needs beside weights and cache: activations, logits, the allocator's slack.
+WORKSPACE_BYTES = 256 * 2**20
+
+
+def choose_device(name: str) -> torch.device:
+    """The device for a setting: "auto", "cpu", "cuda", "cuda:1", "mps".
+
+    Raises GeneratorError where a device is named that this machine does not offer.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        if torch.backends.mps.is_available():
+            return torch.device("mps")
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise GeneratorError(
+            f"device {name!r} is not known. Use auto, cpu, cuda, cuda:N or mps."
+        ) from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = 0 if device.index is None else device.index
+        if index >= count:
+            raise GeneratorError(
+                f"device {name!r} was asked for, but PyTorch {torch.__version__} sees {count} CUDA "
+                "devices. Set device to auto or cpu, or install a CUDA build of PyTorch."
+            )
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise GeneratorError("device 'mps' was asked for, but this machine has none. Use auto or cpu.")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype for a setting. "auto": CUDA bfloat16 (float16 before Ampere), MPS float16, CPU
+    bfloat16 where the processor multiplies it natively, else float32."""
+    if name != "auto":
+        if name not in DTYPES:
+            raise GeneratorError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}.")
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    if device.type == "mps":
+        return torch.float16
+    return torch.bfloat16 if cpu_has_fast_bfloat16() else torch.float32
+
+
+def cpu_has_fast_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 products (AVX512-BF16 or AMX)."""
+    # torch.cpu.get_capabilities is recent; without it the answer is the slower, safer float32.
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if capabilities is None:
+        return False
+    found = capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a new model can take on `device`, in bytes."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return _free_host_bytes()
+
+
+def _free_host_bytes() -> int:
+    limits: list[int] = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(int(line.split()[1]) * 1024)
+    # A container's own limit does not show in /proc/meminfo.
+    cgroup = Path("/sys/fs/cgroup")
+    try:
+        maximum = (cgroup / "memory.max").read_text(encoding="ascii").strip()
+        if maximum != "max":
+            used = int((cgroup / "memory.current").read_text(encoding="ascii"))
+            limits.append(max(0, int(maximum) - used))
+    except OSError:  # no cgroup v2 here: the machine's own figure stands
+        pass
+    if limits:
+        return min(limits)
+    if platform.system() == "Windows":
+        return _free_windows_bytes()
+    # macOS: pages are given back under pressure, so the installed memory is the honest bound.
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _free_windows_bytes() -> int:
+    import ctypes
+
+    class MemoryStatus(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ulong), ("load", ctypes.c_ulong)] + [
+            (name, ctypes.c_ulonglong)
+            for name in ("total", "free", "page_total", "page_free", "v_total", "v_free", "v_extra")
+        ]
+
+    status = MemoryStatus()
+    status.length = ctypes.sizeof(status)
+    kernel: Any = getattr(ctypes, "windll").kernel32  # noqa: B009  (absent from other systems' stubs)
+    kernel.GlobalMemoryStatusEx(ctypes.byref(status))
+    return int(status.free)
+
+
+def count_weights(folder: Path) -> int:
+    """Parameters in the folder's safetensors files, read from their headers alone.
+
+    Raises GeneratorError where a file is cut off or not safetensors.
+    """
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        for tensor in _read_header(path).values():
+            size = 1
+            for length in tensor["shape"]:
+                size *= int(length)
+            total += size
+    return total
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if 8 + length > size:
+            raise GeneratorError(
+                f"{path} is cut off or not a safetensors file ({size} bytes). Fetch it again."
+            )
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+        except ValueError as error:
+            raise GeneratorError(f"{path} is not a safetensors file: {error}. Fetch it again.") from error
+    header.pop("__metadata__", None)
+    end = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
+    if 8 + length + end > size:
+        raise GeneratorError(
+            f"{path} is cut off: {size} bytes of {8 + length + end}. Fetch it again."
+        )
+    return header
+
+
+def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of keys and values of one token over all layers, for a transformers text config.
+
+    2 x layers x key heads x head dimension x bytes; an upper bound where layers share their cache.
+    """
+    heads = getattr(config, "num_attention_heads", None) or 1
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What a model needs and what there is, in bytes. `kv_tokens` is what the cache may hold."""
+
+    weight_bytes: int
+    kv_bytes_per_token: int
+    free_bytes: int
+    kv_tokens: int
+
+
+def plan_memory(
+    *,
+    name: str,
+    num_weights: int,
+    dtype: torch.dtype,
+    bytes_per_token: int,
+    needed_tokens: int,
+    device: torch.device,
+    free: int,
+) -> MemoryPlan:
+    """How many tokens of cache fit beside the weights: at least `needed_tokens`, and up to 16 times
+    as many where that takes no more than half of what is left.
+
+    Raises GeneratorError with the numbers where not even the needed ones fit.
+    """
+    weight_bytes = num_weights * dtype.itemsize
+    left = free - weight_bytes - WORKSPACE_BYTES
+    if left < needed_tokens * bytes_per_token:
+        gib = 2**30
+        need = weight_bytes + WORKSPACE_BYTES + needed_tokens * bytes_per_token
+        raise GeneratorError(
+            f"{name} does not fit on {device}: weights {weight_bytes / gib:.2f} GiB "
+            f"({str(dtype).removeprefix('torch.')}), cache {needed_tokens * bytes_per_token / gib:.2f} "
+            f"GiB for {needed_tokens} tokens, workspace {WORKSPACE_BYTES / gib:.2f} GiB: "
+            f"{need / gib:.2f} GiB needed, {free / gib:.2f} GiB free. Choose a smaller model, a "
+            "smaller dtype, a smaller max_prompt_tokens, or free memory."
+        )
+    comfortable = int(left * 0.5) // max(1, bytes_per_token)
+    kv_tokens = max(needed_tokens, min(16 * needed_tokens, comfortable))
+    return MemoryPlan(weight_bytes, bytes_per_token, free, kv_tokens)

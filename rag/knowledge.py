@@ -1,0 +1,649 @@
+"""The knowledge base on disk: SQLite is the truth, the FAISS file is derived from it.
+
+    .kb/knowledge.sqlite    files with their text, chunks, vectors (float16), full-text index
+    .kb/vectors.faiss       the same vectors as a FAISS index, replaced in one rename
+    .kb/writer.lock         held by the one process that writes
+
+Every change is one transaction and raises the generation. A reader answers each question from one
+snapshot of SQLite with vectors of the same generation, so it sees the old state or the new one,
+never a mix. Where the FAISS file is missing, damaged or of another generation, its contents are
+taken from SQLite again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import faiss
+import filelock
+import numpy as np
+import numpy.typing as npt
+
+from rag.document import Chunk, Document, Heading, Page
+from rag.embedder import Embedder, Vectors
+from rag.errors import KnowledgeBaseError
+from rag.terms import passage_terms
+
+SCHEMA_VERSION = "1"
+DATABASE = "knowledge.sqlite"
+INDEX = "vectors.faiss"
+
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE files (
+    path TEXT PRIMARY KEY, sha256 TEXT NOT NULL, size INTEGER NOT NULL, status TEXT NOT NULL,
+    pages INTEGER NOT NULL, chunks INTEGER NOT NULL, characters INTEGER NOT NULL,
+    seconds REAL NOT NULL, pipeline TEXT NOT NULL, warnings TEXT NOT NULL, error TEXT
+);
+CREATE TABLE documents (
+    path TEXT PRIMARY KEY REFERENCES files(path), text TEXT NOT NULL, media_type TEXT NOT NULL,
+    title TEXT NOT NULL, pages TEXT NOT NULL, headings TEXT NOT NULL, warnings TEXT NOT NULL
+);
+CREATE TABLE chunks (
+    id INTEGER PRIMARY KEY, path TEXT NOT NULL REFERENCES files(path), text TEXT NOT NULL,
+    start_char INTEGER NOT NULL, end_char INTEGER NOT NULL, page INTEGER, last_page INTEGER,
+    headings TEXT NOT NULL, title TEXT NOT NULL, vector BLOB NOT NULL
+);
+CREATE INDEX chunks_by_path ON chunks(path, start_char);
+CREATE VIRTUAL TABLE terms USING fts5(
+    place, body, tokenize = "unicode61 remove_diacritics 0 tokenchars '_'"
+);
+CREATE VIRTUAL TABLE term_counts USING fts5vocab('terms', 'row');
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """What is known about one ingested file. `pipeline` names the loader and splitter that read it."""
+
+    path: str
+    sha256: str
+    size: int
+    status: str  # "ok" or "failed"
+    pages: int = 0
+    chunks: int = 0
+    characters: int = 0
+    seconds: float = 0.0
+    pipeline: str = ""
+    warnings: tuple[str, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChunk:
+    """A chunk with its row number and the terms it is searched by."""
+
+    row: int
+    chunk: Chunk
+    place_terms: tuple[str, ...]
+    body_terms: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """The vectors of one generation: a faiss.IndexIDMap2 whose ids are the chunks' row numbers."""
+
+    generation: int
+    index: Any
+
+
+class KnowledgeBase:
+    """Open with `KnowledgeBase.open(folder)`, or `.create(folder)` to make it where it is missing.
+
+    Safe to use from several threads: each gets its own connection.
+    """
+
+    def __init__(self, folder: Path, *, read_only: bool) -> None:
+        self.folder = folder
+        self.read_only = read_only
+        self._local = threading.local()
+        self._index: _Index | None = None
+        self._index_lock = threading.Lock()
+        self._lock = filelock.FileLock(str(folder / "writer.lock"), timeout=0)
+        self._writing = threading.Lock()
+
+    # opening
+
+    @classmethod
+    def open(cls, folder: str | Path) -> KnowledgeBase:
+        """Raises KnowledgeBaseError where there is none, or it can't be read."""
+        folder = Path(folder)
+        if not (folder / DATABASE).is_file():
+            raise KnowledgeBaseError(
+                f"there is no knowledge base in {folder}. Build one: python -m ingest FOLDER --kb {folder}"
+            )
+        base = cls(folder, read_only=not os.access(folder, os.W_OK))
+        base._check_schema()
+        return base
+
+    @classmethod
+    def create(cls, folder: str | Path) -> KnowledgeBase:
+        """Open, made first where it is missing."""
+        folder = Path(folder)
+        if (folder / DATABASE).is_file():
+            return cls.open(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise KnowledgeBaseError(f"the folder {folder} can't be made: {error}") from error
+        if not os.access(folder, os.W_OK):
+            raise KnowledgeBaseError(f"the folder {folder} can't be written to.")
+        base = cls(folder, read_only=False)
+        # Made under another name and renamed, so that a crash leaves no half-made database.
+        with base.writing():
+            if not (folder / DATABASE).is_file():
+                fresh = folder / f"{DATABASE}.new"
+                for leftover in folder.glob(f"{DATABASE}.new*"):
+                    leftover.unlink()
+                connection = sqlite3.connect(fresh)
+                connection.executescript(_SCHEMA)
+                connection.executemany(
+                    "INSERT INTO meta VALUES (?, ?)",
+                    [("schema", SCHEMA_VERSION), ("generation", "0")],
+                )
+                connection.commit()
+                connection.close()
+                fresh.rename(folder / DATABASE)
+        base._check_schema()
+        return base
+
+    def _check_schema(self) -> None:
+        try:
+            version = self.meta("schema")
+        except sqlite3.DatabaseError as error:
+            raise KnowledgeBaseError(
+                f"{self.folder / DATABASE} can't be read ({error}). Restore it from a copy, or delete "
+                f"the folder and run: python -m ingest FOLDER --kb {self.folder}"
+            ) from error
+        if version != SCHEMA_VERSION:
+            raise KnowledgeBaseError(
+                f"the knowledge base in {self.folder} has format {version}, this program reads format "
+                f"{SCHEMA_VERSION}. Delete the folder and run: python -m ingest FOLDER --kb {self.folder}"
+            )
+
+    @property
+    def _connection(self) -> sqlite3.Connection:
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            file = (self.folder / DATABASE).resolve()
+            if self.read_only:
+                # Without write access no -shm file can be made; `immutable` does without one, and
+                # is right as long as nobody else writes, which a write-ahead log would show.
+                wal = file.with_name(file.name + "-wal")
+                options = "mode=ro" if wal.exists() and wal.stat().st_size else "mode=ro&immutable=1"
+                connection = sqlite3.connect(f"{file.as_uri()}?{options}", uri=True, timeout=30)
+            else:
+                connection = sqlite3.connect(file, timeout=30)
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = NORMAL")
+                connection.execute("PRAGMA foreign_keys = ON")
+            connection.isolation_level = None  # transactions are opened by hand
+            connection.execute("PRAGMA cache_size = -65536")
+            self._local.connection = connection
+        return connection
+
+    def close(self) -> None:
+        """Close this thread's connection."""
+        connection = getattr(self._local, "connection", None)
+        if connection is not None:
+            connection.close()
+            self._local.connection = None
+
+    # transactions
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the one writer. Raises KnowledgeBaseError naming the process that is it already."""
+        if self.read_only:
+            raise KnowledgeBaseError(f"the knowledge base in {self.folder} can't be written to.")
+        owner = self.folder / "writer.pid"
+        try:
+            self._lock.acquire()
+        except filelock.Timeout as error:
+            pid = owner.read_text() if owner.is_file() else "unknown"
+            raise KnowledgeBaseError(
+                f"another process (pid {pid}) is writing to the knowledge base in {self.folder}. "
+                "Wait until it has finished, then run this again."
+            ) from error
+        try:
+            owner.write_text(str(os.getpid()))
+            yield
+        finally:
+            owner.unlink(missing_ok=True)
+            self._lock.release()
+
+    @contextmanager
+    def snapshot(self) -> Iterator[sqlite3.Connection]:
+        """One consistent state of the base, whatever is written meanwhile. Nests."""
+        connection = self._connection
+        if connection.in_transaction:
+            yield connection
+            return
+        connection.execute("BEGIN")
+        try:
+            yield connection
+        finally:
+            connection.execute("ROLLBACK")
+
+    @contextmanager
+    def _change(self) -> Iterator[sqlite3.Connection]:
+        if not self._lock.is_locked:
+            raise KnowledgeBaseError("the knowledge base is changed only inside `with kb.writing():`.")
+        connection = self._connection
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield connection
+            connection.execute(
+                "UPDATE meta SET value = CAST(value AS INTEGER) + 1 WHERE key = 'generation'"
+            )
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    # what is in it
+
+    def meta(self, key: str) -> str | None:
+        row = self._connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return str(row[0]) if row else None
+
+    @property
+    def generation(self) -> int:
+        return int(self.meta("generation") or 0)
+
+    def set_meta(self, key: str, value: str) -> None:
+        """Keep a value of one's own with the base."""
+        with self._change() as connection:
+            connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def files(self) -> dict[str, FileRecord]:
+        """Every file that was ingested or failed, by path, in path order."""
+        rows = self._connection.execute("SELECT * FROM files ORDER BY path")
+        return {row[0]: _file_record(row) for row in rows}
+
+    def count_chunks(self) -> int:
+        return int(self._connection.execute("SELECT count(*) FROM chunks").fetchone()[0])
+
+    def document(self, path: str) -> Document:
+        """The stored text of a file with its pages and headings."""
+        row = self._connection.execute("SELECT * FROM documents WHERE path = ?", (path,)).fetchone()
+        if row is None:
+            raise KnowledgeBaseError(f"{path} is not in the knowledge base in {self.folder}.")
+        return Document(
+            path=row[0], text=row[1], media_type=row[2], title=row[3],
+            pages=tuple(Page(*page) for page in json.loads(row[4])),
+            headings=tuple(Heading(*heading) for heading in json.loads(row[5])),
+            warnings=tuple(json.loads(row[6])),
+        )
+
+    def chunks_of(self, path: str) -> list[Chunk]:
+        """The chunks of one file, in reading order."""
+        rows = self._connection.execute(
+            f"SELECT {_CHUNK_COLUMNS} FROM chunks WHERE path = ? ORDER BY start_char, id", (path,)
+        )
+        return [_chunk(row) for row in rows]
+
+    def stored_chunks(self, rows: Sequence[int]) -> dict[int, StoredChunk]:
+        """Chunks by row number, with their terms. Rows that are gone are left out."""
+        marks = ",".join("?" * len(rows))
+        found = self._connection.execute(
+            f"SELECT {_CHUNK_COLUMNS}, terms.place, terms.body FROM chunks "
+            f"JOIN terms ON terms.rowid = chunks.id WHERE chunks.id IN ({marks})",
+            list(rows),
+        )
+        return {
+            row[0]: StoredChunk(row[0], _chunk(row), tuple(row[9].split(" ")) if row[9] else (),
+                                tuple(row[10].split(" ")) if row[10] else ())
+            for row in found
+        }
+
+    def vectors_of(self, rows: Sequence[int]) -> dict[int, Vectors]:
+        """float32 (dim,) by row number."""
+        marks = ",".join("?" * len(rows))
+        found = self._connection.execute(
+            f"SELECT id, vector FROM chunks WHERE id IN ({marks})", list(rows)
+        )
+        return {row[0]: np.frombuffer(row[1], dtype=np.float16).astype(np.float32) for row in found}
+
+    # the embedder it belongs to
+
+    @property
+    def embedder_name(self) -> str | None:
+        return self.meta("embedder")
+
+    def bind_embedder(self, embedder: Embedder) -> None:
+        """Record the embedder at first use. Raises KnowledgeBaseError where it is another one."""
+        if self.meta("embedder") is None or (
+            self.count_chunks() == 0 and self.meta("embedder_fingerprint") != embedder.fingerprint
+        ):
+            self._record_embedder(embedder)
+        else:
+            self.check_embedder(embedder)
+
+    def check_embedder(self, embedder: Embedder) -> None:
+        """Raise KnowledgeBaseError where the vectors stored were made by another embedder."""
+        fingerprint = self.meta("embedder_fingerprint")
+        if fingerprint is not None and fingerprint != embedder.fingerprint:
+            raise KnowledgeBaseError(
+                f"this knowledge base was built with {self.meta('embedder')!r} "
+                f"({self.meta('dim')} dimensions, fingerprint {fingerprint}); settings name "
+                f"{embedder.name!r} ({embedder.dim} dimensions, fingerprint {embedder.fingerprint}). "
+                f"Run: python -m ingest --reembed --kb {self.folder}"
+            )
+
+    def _record_embedder(self, embedder: Embedder) -> None:
+        with self._change() as connection:
+            connection.executemany(
+                "INSERT OR REPLACE INTO meta VALUES (?, ?)", _embedder_meta(embedder)
+            )
+
+    # changing it
+
+    def put_file(
+        self, record: FileRecord, document: Document, chunks: Sequence[Chunk], vectors: Vectors
+    ) -> None:
+        """Store a file in one transaction, in place of what was there under its path.
+
+        vectors: float32 (len(chunks), dim).
+        """
+        if len(chunks) != len(vectors):
+            raise ValueError(f"{len(chunks)} chunks, {len(vectors)} vectors")
+        record = replace(record, chunks=len(chunks), characters=len(document.text))
+        packed = np.ascontiguousarray(vectors, dtype=np.float16)
+        with self._change() as connection:
+            _delete_file(connection, record.path)
+            _insert_record(connection, record)
+            connection.execute(
+                "INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    document.path, _storable(document.text), document.media_type,
+                    _storable(document.title),
+                    json.dumps([(page.number, page.start, page.end) for page in document.pages]),
+                    _dump([(head.level, head.title, head.start) for head in document.headings]),
+                    _dump(document.warnings),
+                ),
+            )
+            self._insert_chunks(connection, chunks, packed)
+
+    def _insert_chunks(
+        self, connection: sqlite3.Connection, chunks: Sequence[Chunk],
+        vectors: npt.NDArray[np.float16],
+    ) -> None:
+        for chunk, vector in zip(chunks, vectors, strict=True):
+            row = connection.execute(
+                "INSERT INTO chunks (path, text, start_char, end_char, page, last_page, headings, "
+                "title, vector) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    chunk.path, _storable(chunk.text), chunk.start, chunk.end, chunk.page,
+                    chunk.last_page, _dump(chunk.headings), _storable(chunk.title),
+                    vector.tobytes(),
+                ),
+            ).lastrowid
+            place = f"{chunk.place} {_path_words(chunk.path)}"
+            connection.execute(
+                "INSERT INTO terms (rowid, place, body) VALUES (?, ?, ?)",
+                (row, " ".join(passage_terms(place)), " ".join(passage_terms(chunk.text))),
+            )
+
+    def put_failure(self, record: FileRecord) -> None:
+        """Record that a file could not be read; what it had before is removed."""
+        with self._change() as connection:
+            _delete_file(connection, record.path)
+            _insert_record(connection, record)
+
+    def move_file(self, old_path: str, new_path: str, record: FileRecord) -> None:
+        """Give a file's stored text and vectors a new path. Nothing is embedded."""
+        document = replace(self.document(old_path), path=new_path)
+        rows = self._connection.execute(
+            f"SELECT {_CHUNK_COLUMNS}, vector FROM chunks WHERE path = ? ORDER BY id", (old_path,)
+        ).fetchall()
+        chunks = [replace(_chunk(row), path=new_path) for row in rows]
+        vectors = np.frombuffer(b"".join(row[9] for row in rows), dtype=np.float16)
+        vectors = vectors.reshape(len(rows), -1 if rows else 0).astype(np.float32)
+        with self._change() as connection:
+            _delete_file(connection, old_path)
+            _delete_file(connection, new_path)
+            _insert_record(
+                connection,
+                replace(record, path=new_path, chunks=len(chunks), characters=len(document.text)),
+            )
+            connection.execute(
+                "INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    new_path, _storable(document.text), document.media_type,
+                    _storable(document.title),
+                    json.dumps([(page.number, page.start, page.end) for page in document.pages]),
+                    _dump([(head.level, head.title, head.start) for head in document.headings]),
+                    _dump(document.warnings),
+                ),
+            )
+            self._insert_chunks(connection, chunks, vectors.astype(np.float16))
+
+    def remove_file(self, path: str) -> None:
+        with self._change() as connection:
+            _delete_file(connection, path)
+
+    def reembed(
+        self, embedder: Embedder, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> int:
+        """Embed every stored chunk again, in one transaction. Returns how many there were.
+
+        `progress` gets chunks done and chunks in all.
+        """
+        total = self.count_chunks()
+        done = 0
+        with self._change() as connection:
+            last = 0
+            while True:
+                rows = connection.execute(
+                    f"SELECT {_CHUNK_COLUMNS} FROM chunks WHERE id > ? ORDER BY id LIMIT 512", (last,)
+                ).fetchall()
+                if not rows:
+                    break
+                vectors = embedder.embed_passages([_chunk(row).indexed_text for row in rows])
+                connection.executemany(
+                    "UPDATE chunks SET vector = ? WHERE id = ?",
+                    [
+                        (vector.astype(np.float16).tobytes(), row[0])
+                        for vector, row in zip(vectors, rows, strict=True)
+                    ],
+                )
+                last = rows[-1][0]
+                done += len(rows)
+                progress(done, total)
+            connection.executemany(
+                "INSERT OR REPLACE INTO meta VALUES (?, ?)", _embedder_meta(embedder)
+            )
+        return done
+
+    # the FAISS file
+
+    def publish(self) -> None:
+        """Write the FAISS file from SQLite and put it in place in one rename."""
+        with self.snapshot():
+            index = self._index_from_sqlite()
+        self._write_index(index)
+
+    def _write_index(self, index: _Index) -> None:
+        target = self.folder / INDEX
+        fresh = self.folder / f"{INDEX}.new"
+        try:
+            data = faiss.serialize_index(index.index).tobytes()
+            with open(fresh, "wb") as out:
+                out.write(data)
+                out.flush()
+                os.fsync(out.fileno())
+            fresh.replace(target)
+        except OSError as error:
+            fresh.unlink(missing_ok=True)
+            raise KnowledgeBaseError(f"the index file {target} can't be written: {error}") from error
+        connection = self._connection
+        connection.execute("BEGIN IMMEDIATE")
+        connection.executemany(
+            "INSERT OR REPLACE INTO meta VALUES (?, ?)",
+            [("index_generation", str(index.generation)), ("index_digest", _digest(data))],
+        )
+        connection.execute("COMMIT")
+
+    def index_state(self) -> str:
+        """"current", or what is wrong with the FAISS file: "missing", "outdated", "damaged"."""
+        target = self.folder / INDEX
+        if not target.is_file():
+            return "missing"
+        if self.meta("index_generation") != str(self.generation):
+            return "outdated"
+        return "current" if _digest(target.read_bytes()) == self.meta("index_digest") else "damaged"
+
+    def _current_index(self) -> _Index:
+        """The vectors of the snapshot's generation. Call inside `snapshot`."""
+        generation = self.generation
+        index = self._index
+        if index is not None and index.generation == generation:
+            return index
+        with self._index_lock:
+            if self._index is None or self._index.generation != generation:
+                self._index = self._read_index(generation) or self._index_from_sqlite()
+            return self._index
+
+    def _read_index(self, generation: int) -> _Index | None:
+        """The FAISS file where it is whole and of this generation."""
+        target = self.folder / INDEX
+        if self.meta("index_generation") != str(generation) or not target.is_file():
+            return None
+        data = target.read_bytes()
+        if _digest(data) != self.meta("index_digest"):
+            return None
+        return _Index(generation, faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8)))
+
+    def _index_from_sqlite(self) -> _Index:
+        generation = self.generation
+        dim = int(self.meta("dim") or 1)
+        rows, vectors = self.all_vectors()
+        index = faiss.IndexIDMap2(faiss.IndexFlatIP(dim))
+        if len(rows):
+            index.add_with_ids(vectors, rows)
+        return _Index(generation, index)
+
+    def all_vectors(self) -> tuple[npt.NDArray[np.int64], Vectors]:
+        """Row numbers, ascending, and their vectors, float32 (n, dim)."""
+        found = self._connection.execute("SELECT id, vector FROM chunks ORDER BY id").fetchall()
+        rows = np.array([row[0] for row in found], dtype=np.int64)
+        packed = np.frombuffer(b"".join(row[1] for row in found), dtype=np.float16)
+        dim = int(self.meta("dim") or 1)
+        return rows, packed.reshape(len(rows), dim).astype(np.float32)
+
+    # searching
+
+    def search_dense(self, vectors: Vectors, k: int) -> list[list[tuple[int, float]]]:
+        """For each question vector (n, dim) up to k (row, cosine), best first."""
+        with self.snapshot():
+            index = self._current_index().index
+        if index.ntotal == 0:
+            return [[] for _ in vectors]
+        scores, rows = index.search(np.ascontiguousarray(vectors), min(k, index.ntotal))
+        return [
+            [(int(row), float(score)) for row, score in zip(found, cosines, strict=True) if row >= 0]
+            for found, cosines in zip(rows, scores, strict=True)
+        ]
+
+    def search_terms(
+        self, terms: Sequence[str], k: int, *, place_weight: float = 1.0
+    ) -> list[tuple[int, float]]:
+        """Up to k (row, BM25), best first, of chunks that hold any of the terms."""
+        if not terms:
+            return []
+        match = " OR ".join(f'"{term}"' for term in terms)
+        rows = self._connection.execute(
+            "SELECT rowid, bm25(terms, ?, 1.0) AS cost FROM terms WHERE terms MATCH ? "
+            "ORDER BY cost LIMIT ?",
+            (place_weight, match, k),
+        )
+        return [(row[0], -row[1]) for row in rows]
+
+    def term_counts(self, terms: Sequence[str]) -> dict[str, int]:
+        """In how many chunks each term stands."""
+        counts: dict[str, int] = {}
+        for term in terms:
+            row = self._connection.execute(
+                "SELECT doc FROM term_counts WHERE term = ?", (term,)
+            ).fetchone()
+            counts[term] = int(row[0]) if row else 0
+        return counts
+
+    def average_terms(self) -> float:
+        """Mean number of terms a chunk."""
+        row = self._connection.execute("SELECT count(*), sum(cnt) FROM term_counts").fetchone()
+        return float(row[1] or 0) / max(1, self.count_chunks())
+
+
+_CHUNK_COLUMNS = (
+    "chunks.id, chunks.path, chunks.text, start_char, end_char, page, last_page, headings, title"
+)
+
+
+def _chunk(row: Sequence[Any]) -> Chunk:
+    return Chunk(
+        path=row[1], text=row[2], start=row[3], end=row[4], page=row[5], last_page=row[6],
+        headings=tuple(json.loads(row[7])), title=row[8],
+    )
+
+
+def _file_record(row: Sequence[Any]) -> FileRecord:
+    return FileRecord(*row[:9], warnings=tuple(json.loads(row[9])), error=row[10])
+
+
+def _insert_record(connection: sqlite3.Connection, record: FileRecord) -> None:
+    connection.execute(
+        "INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            record.path, record.sha256, record.size, record.status, record.pages, record.chunks,
+            record.characters, record.seconds, record.pipeline, _dump(record.warnings), record.error,
+        ),
+    )
+
+
+def _delete_file(connection: sqlite3.Connection, path: str) -> None:
+    connection.execute(
+        "DELETE FROM terms WHERE rowid IN (SELECT id FROM chunks WHERE path = ?)", (path,)
+    )
+    connection.execute("DELETE FROM chunks WHERE path = ?", (path,))
+    connection.execute("DELETE FROM documents WHERE path = ?", (path,))
+    connection.execute("DELETE FROM files WHERE path = ?", (path,))
+
+
+def _embedder_meta(embedder: Embedder) -> list[tuple[str, str]]:
+    return [
+        ("embedder", embedder.name),
+        ("embedder_fingerprint", embedder.fingerprint),
+        ("dim", str(embedder.dim)),
+    ]
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=True)
+
+
+def _storable(text: str) -> str:
+    """SQLite takes no lone surrogates; loaders must not produce them."""
+    text.encode("utf-8")
+    return text
+
+
+def _path_words(path: str) -> str:
+    """A file's own name as words: `zh/02-词嵌入.md` -> `02 词嵌入`."""
+    name = path.rsplit("/", 1)[-1]
+    return name.rsplit(".", 1)[0].replace("-", " ").replace("_", " ")
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
