@@ -73,3 +73,15 @@ class Engine(Protocol):
         Raises GeneratorError where a prompt and its new tokens exceed `context_length`.
         """
         ...
+
+    def cancel(self, request_id: str) -> None:
+        """End one running request before its next token; the others of its call go on.
+
+        Does nothing where no such request runs.
+        """
+        ...
+
+    @property
+    def description(self) -> str:
+        """Which forward runs and what is reused, in a few words."""
+        ...

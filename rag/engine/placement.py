@@ -47,7 +47,9 @@ def choose_device(name: str) -> torch.device:
             )
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise GeneratorError("device 'mps' was asked for, but this machine has none. Use auto or cpu.")
+        raise GeneratorError(
+            "device 'mps' was asked for, but this machine has none. Use auto or cpu."
+        )
     return device
 
 
@@ -150,7 +152,9 @@ def _read_header(path: Path) -> dict[str, Any]:
         try:
             header: dict[str, Any] = json.loads(file.read(length))
         except ValueError as error:
-            raise GeneratorError(f"{path} is not a safetensors file: {error}. Fetch it again.") from error
+            raise GeneratorError(
+                f"{path} is not a safetensors file: {error}. Fetch it again."
+            ) from error
     header.pop("__metadata__", None)
     end = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
     if 8 + length + end > size:
@@ -203,8 +207,8 @@ def plan_memory(
         need = weight_bytes + WORKSPACE_BYTES + needed_tokens * bytes_per_token
         raise GeneratorError(
             f"{name} does not fit on {device}: weights {weight_bytes / gib:.2f} GiB "
-            f"({str(dtype).removeprefix('torch.')}), cache {needed_tokens * bytes_per_token / gib:.2f} "
-            f"GiB for {needed_tokens} tokens, workspace {WORKSPACE_BYTES / gib:.2f} GiB: "
+            f"({str(dtype).removeprefix('torch.')}), cache "
+            f"{needed_tokens * bytes_per_token / gib:.2f} GiB for {needed_tokens} tokens, workspace {WORKSPACE_BYTES / gib:.2f} GiB: "
             f"{need / gib:.2f} GiB needed, {free / gib:.2f} GiB free. Choose a smaller model, a "
             "smaller dtype, a smaller max_prompt_tokens, or free memory."
         )

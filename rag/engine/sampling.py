@@ -20,7 +20,12 @@ _TOP_P_CANDIDATES = 256
 def check_sampling(sampling: Sampling) -> None:
     """Raise GeneratorError for a value that has no meaning."""
     rules = (
-        ("temperature", sampling.temperature, 0.0 <= sampling.temperature <= 100.0, "from 0 to 100"),
+        (
+            "temperature",
+            sampling.temperature,
+            0.0 <= sampling.temperature <= 100.0,
+            "from 0 to 100",
+        ),
         ("top_k", sampling.top_k, sampling.top_k >= 0, "0 (off) or more"),
         ("top_p", sampling.top_p, 0.0 < sampling.top_p <= 1.0, "above 0, at most 1"),
         ("min_p", sampling.min_p, 0.0 <= sampling.min_p <= 1.0, "from 0 to 1"),

@@ -1,0 +1,570 @@
+"""Prompt in, text out: a causal LM with its tokenizer and chat template, on this machine.
+
+Finds the model, checks that it fits, loads it, writes prompts as the model was taught to read
+them, and turns the engine's tokens back into text. How tokens are computed is the engine's part.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Collection, Sequence
+from collections.abc import Generator as PyGenerator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rag.engine.interface import Engine, FinishEvent, Request, Sampling, TokenEvent
+from rag.errors import GeneratorError
+from rag.language import detect_language
+from rag.prompt import Message, Prompt
+from rag.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BUNDLED_READER = Path(__file__).parent / "bundled" / "reader"
+
+Layout = Literal["reader", "chat", "plain"]
+
+# Ends of a turn in the chat formats at large; some models list only their end of text as eos.
+_TURN_ENDS = (
+    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_turn|>", "<end_of_turn>", "<|end|>",
+    "<|endoftext|>", "<|turn_end|>", "<turn|>",
+)  # fmt: skip
+_READER_END = "<|end|>"
+_PLAIN_STOPS = ("\nQuestion:", "\n问题：")
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "merges.txt"]
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """One finished generation. `text` is all that was streamed, stop strings cut off.
+
+    `token_logprobs` are natural logs, one for each of `token_ids`, before temperature and filters.
+    `tokens_per_second` counts from the first token on; 0.0 where there were fewer than two.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    token_logprobs: tuple[float, ...]
+    finish_reason: Literal["stop", "length", "cancelled"]
+    prompt_tokens: int
+    reused_tokens: int
+    new_tokens: int
+    seconds_to_first_token: float
+    tokens_per_second: float
+
+
+class TextStream:
+    """Token ids to text, piece by piece, as soon as and no sooner than the text is certain.
+
+    A character spread over several tokens is held until it is whole, and what could be the
+    beginning of a stop string until it is not. An unfinished character at the very end is dropped.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str] = ()
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._stops = tuple(stop for stop in stop_strings if stop)
+        self._ids: list[int] = []
+        self._prefix = 0  # decoding starts here, so that what a token's neighbour does to it shows
+        self._read = 0  # tokens before here have been turned into text
+        self._held = ""
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """Text that has become certain with this token; often empty, and so after a stop."""
+        if self.stopped:
+            return ""
+        self._ids.append(token_id)
+        before = self._decode(self._ids[self._prefix : self._read])
+        after = self._decode(self._ids[self._prefix :])
+        if after.endswith("\ufffd") or len(after) <= len(before):
+            return ""
+        self._prefix, self._read = self._read, len(self._ids)
+        return self._release(after[len(before) :])
+
+    def finish(self) -> str:
+        """What is still held at the end of the tokens."""
+        if self.stopped:
+            return ""
+        before = self._decode(self._ids[self._prefix : self._read])
+        after = self._decode(self._ids[self._prefix :])
+        rest = after[len(before) :].rstrip("\ufffd")
+        piece = self._release(rest)
+        if not self.stopped:
+            piece += self._held
+            self.text += self._held
+            self._held = ""
+        return piece
+
+    def _decode(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return text
+
+    def _release(self, new: str) -> str:
+        pending = self._held + new
+        found = [at for at in (pending.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            piece, self._held, self.stopped = pending[: min(found)], "", True
+        else:
+            keep = max((_overlap(pending, stop) for stop in self._stops), default=0)
+            piece, self._held = pending[: len(pending) - keep], pending[len(pending) - keep :]
+        self.text += piece
+        return piece
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
+
+
+class PromptFormat:
+    """Writes a Prompt as the token ids that one model was taught to read."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, is_reader: bool) -> None:
+        self._tokenizer = tokenizer
+        template = tokenizer.chat_template
+        self.layout: Layout = "reader" if is_reader else "chat" if template else "plain"
+        # Only passed where the template knows it: a variable it does not read changes nothing,
+        # but some templates fail on what they do not expect.
+        source = template if isinstance(template, str) else json.dumps(template)
+        self._template_arguments: dict[str, Any] = {}
+        if "enable_thinking" in source:
+            self._template_arguments["enable_thinking"] = False
+        self.merges_system = self.layout == "chat" and not self._keeps_system()
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """The token ids of a prompt, special tokens included, ready to be continued."""
+        if prompt.text is not None:
+            return self._ids(prompt.text, add_special_tokens=False)
+        if not prompt.messages:
+            raise GeneratorError("the prompt holds neither messages nor text.")
+        if not self._tokenizer.chat_template:
+            return self._ids(plain_text(prompt.messages), add_special_tokens=True)
+        messages = merge_system(prompt.messages) if self.merges_system else prompt.messages
+        return self._ids(self._render(messages), add_special_tokens=False)
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        conversation = [{"role": message.role, "content": message.content} for message in messages]
+        text = self._tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=True, **self._template_arguments
+        )
+        assert isinstance(text, str)
+        return text
+
+    def _keeps_system(self) -> bool:
+        """Whether the chat template shows a system message; some refuse it, some drop it."""
+        from jinja2 import TemplateError
+
+        probe = (Message("system", "probe-of-the-system-role"), Message("user", "question"))
+        try:
+            return "probe-of-the-system-role" in self._render(probe)
+        except TemplateError:
+            return False
+
+    def _ids(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        encoding = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+        return tuple(encoding["input_ids"])
+
+
+def merge_system(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages with every system text put in front of the first user message."""
+    system = "\n\n".join(message.content for message in messages if message.role == "system")
+    others = [message for message in messages if message.role != "system"]
+    if system and others and others[0].role == "user":
+        others[0] = Message("user", f"{system}\n\n{others[0].content}")
+    elif system:
+        others.insert(0, Message("user", system))
+    return tuple(others)
+
+
+def plain_text(messages: Sequence[Message]) -> str:
+    """The layout for base models, which have no chat template: questions and answers in turn."""
+    asked = [message.content for message in messages if message.role == "user"]
+    chinese = detect_language(asked[-1] if asked else "") == "zh"
+    question, answer = ("问题：", "回答：") if chinese else ("Question: ", "Answer: ")
+    parts = []
+    for message in messages:
+        if message.role == "system":
+            parts.append(message.content)
+        elif message.role == "user":
+            parts.append(f"{question}{message.content}\n{answer.rstrip()}")
+        else:
+            parts[-1] += f"{answer[len(answer.rstrip()) :]}{message.content}"
+    return "\n\n".join(parts)
+
+
+class Generator:
+    """A loaded causal LM. Safe to use from several threads at once."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        is_reader: bool = False,
+        stop_ids: Collection[int] = (),
+    ) -> None:
+        self.engine = engine
+        self.name = name
+        self._tokenizer = tokenizer
+        self._format = PromptFormat(tokenizer, is_reader=is_reader)
+        self.layout: Layout = self._format.layout
+        self.context_length = engine.context_length
+        self.device = engine.device
+        self.dtype = engine.dtype
+        self.stop_ids = tuple(sorted(set(stop_ids)))
+        self._numbers = count(1)
+        self._numbers_lock = threading.Lock()
+
+    def describe(self) -> str:
+        """One line on what runs: name, layout, device, dtype, context, engine."""
+        layout = {
+            "reader": "reader layout",
+            "chat": "its chat template" + (", system merged" if self._format.merges_system else ""),
+            "plain": "a plain question-and-answer layout (the model has no chat template)",
+        }[self.layout]
+        return (
+            f"{self.name}: {layout}, {self.device}, {self.dtype}, context "
+            f"{self.context_length} tokens, {self.engine.description}"
+        )
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """The prompt's token ids, special tokens included."""
+        return self._format.encode(prompt)
+
+    def count_tokens(self, prompt: Prompt) -> int:
+        """How many of the model's tokens the prompt takes."""
+        return len(self.encode(prompt))
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        stop_strings: Sequence[str] = (),
+    ) -> PyGenerator[str, None, GenerationResult]:
+        """Yield the text piece by piece; the generator's return value is the GenerationResult.
+
+        Closing it stops the computation. Raises GeneratorError where prompt and new tokens exceed
+        the context.
+        """
+        request = self._request(prompt, max_new_tokens, sampling)
+        text = self._text_stream(stop_strings)
+        ids: list[int] = []
+        logprobs: list[float] = []
+        events = self.engine.generate([request])
+        try:
+            for event in events:
+                if isinstance(event, FinishEvent):
+                    piece = text.finish()
+                    if piece:
+                        yield piece
+                    return _result(event, text, ids, logprobs)
+                ids.append(event.token_id)
+                logprobs.append(event.logprob)
+                piece = text.push(event.token_id)
+                if piece:
+                    yield piece
+                if text.stopped:
+                    self.engine.cancel(request.id)
+        finally:
+            close = getattr(events, "close", None)
+            if close is not None:
+                close()
+        raise AssertionError("the engine ended without a FinishEvent")
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        stop_strings: Sequence[str] = (),
+    ) -> GenerationResult:
+        """The whole answer at once."""
+        return self.generate_batch(
+            [prompt], max_new_tokens=max_new_tokens, sampling=sampling, stop_strings=stop_strings
+        )[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        stop_strings: Sequence[str] = (),
+    ) -> list[GenerationResult]:
+        """One result for each prompt, in their order.
+
+        With a seed each prompt samples from its own generator, started from that same seed.
+        """
+        requests = [self._request(prompt, max_new_tokens, sampling) for prompt in prompts]
+        texts = {request.id: self._text_stream(stop_strings) for request in requests}
+        ids: dict[str, list[int]] = {request.id: [] for request in requests}
+        logprobs: dict[str, list[float]] = {request.id: [] for request in requests}
+        results: dict[str, GenerationResult] = {}
+        for event in self.engine.generate(requests):
+            id_ = event.request_id
+            text = texts[id_]
+            if isinstance(event, TokenEvent):
+                if text.stopped:
+                    continue  # chosen before the engine saw the cancellation
+                ids[id_].append(event.token_id)
+                logprobs[id_].append(event.logprob)
+                text.push(event.token_id)
+                if text.stopped:
+                    self.engine.cancel(id_)
+            else:
+                text.finish()
+                results[id_] = _result(event, text, ids[id_], logprobs[id_])
+        return [results[request.id] for request in requests]
+
+    def _request(self, prompt: Prompt, max_new_tokens: int, sampling: Sampling | None) -> Request:
+        with self._numbers_lock:
+            number = next(self._numbers)
+        return Request(
+            id=f"{number}",
+            prompt_ids=self.encode(prompt),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling if sampling is not None else Sampling(),
+            stop_ids=self.stop_ids,
+        )
+
+    def _text_stream(self, stop_strings: Sequence[str]) -> TextStream:
+        stops = (*stop_strings, *(_PLAIN_STOPS if self.layout == "plain" else ()))
+        return TextStream(self._tokenizer, stops)
+
+
+def _result(
+    event: FinishEvent, text: TextStream, ids: list[int], logprobs: list[float]
+) -> GenerationResult:
+    decoding = event.seconds - event.seconds_to_first_token
+    rate = (event.new_tokens - 1) / decoding if event.new_tokens > 1 and decoding > 0 else 0.0
+    return GenerationResult(
+        text=text.text,
+        token_ids=tuple(ids),
+        token_logprobs=tuple(logprobs),
+        finish_reason="stop" if text.stopped else event.reason,
+        prompt_tokens=event.prompt_tokens,
+        reused_tokens=event.reused_tokens,
+        new_tokens=len(ids),
+        seconds_to_first_token=event.seconds_to_first_token,
+        tokens_per_second=rate,
+    )
+
+
+def load_generator(settings: Settings) -> Generator:
+    """Load the generator that the settings name, on the device and in the dtype they name.
+
+    Raises GeneratorError where it can't be found, is not a causal LM in safetensors, or does not
+    fit into free memory; nothing else is ever loaded in its place.
+    """
+    from transformers import AutoTokenizer
+
+    from rag.engine import create_engine
+    from rag.engine.placement import (
+        choose_device,
+        choose_dtype,
+        count_weights,
+        free_bytes,
+        kv_bytes_per_token,
+        plan_memory,
+    )
+
+    name = settings.generator
+    folder = find_model(name)
+    check_folder(folder, name)
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    config = _load_config(folder, name)
+    text_config = config.get_text_config(decoder=True)
+    limit = getattr(text_config, "max_position_embeddings", None)
+    wanted = settings.max_prompt_tokens + settings.max_new_tokens
+    needed = min(limit, wanted) if limit else wanted
+    plan = plan_memory(
+        name=name,
+        num_weights=count_weights(folder),
+        dtype=dtype,
+        bytes_per_token=kv_bytes_per_token(text_config, dtype),
+        needed_tokens=needed,
+        device=device,
+        free=free_bytes(device),
+    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise GeneratorError(f"the tokenizer of {name} can't be loaded: {error}") from error
+    model = _load_model(folder, name, dtype).to(device)
+    context_length = min(limit, plan.kv_tokens) if limit else plan.kv_tokens
+    engine = create_engine(model, context_length=context_length, kv_tokens=plan.kv_tokens)
+    is_reader = _reader_layout(folder)
+    return Generator(
+        engine,
+        tokenizer,
+        name=name,
+        is_reader=is_reader,
+        stop_ids=_stop_ids(model, tokenizer, is_reader=is_reader),
+    )
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model: the bundled reader, a local folder, or a hub name's local copy.
+
+    The hub is asked only for a hub name that is not, or not whole, in the local cache.
+    """
+    if name == "bundled":
+        if not (BUNDLED_READER / "config.json").is_file():
+            raise GeneratorError(
+                f"the bundled reader is not in {BUNDLED_READER}. Train it with "
+                "python -m rag.bundled.train_reader, or set generator to a folder or hub name."
+            )
+        return BUNDLED_READER
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    looks_local = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
+    if path.exists() or looks_local:
+        raise GeneratorError(
+            f"the generator {name!r} is not a folder. Name a folder with config.json and "
+            "*.safetensors, a Hugging Face name such as owner/model, or 'bundled'."
+        )
+    return _find_on_hub(name)
+
+
+def _find_on_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        cached = Path(snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=True))
+        if _is_complete(cached):
+            return cached
+    except LocalEntryNotFoundError:
+        pass  # not in the cache: ask the hub
+    except HFValidationError as error:
+        raise GeneratorError(
+            f"{name!r} is neither a folder nor a Hugging Face name (owner/model): {error}"
+        ) from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise GeneratorError(
+            f"the generator {name!r} is not on this disk and could not be fetched from the hub: "
+            f"{error} Fetch it where there is a network, or set generator to 'bundled' or a folder."
+        ) from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that the folder should hold."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _is_complete(folder: Path) -> bool:
+    files = _weight_files(folder)
+    return (folder / "config.json").is_file() and bool(files) and all(p.is_file() for p in files)
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Raise GeneratorError where the folder can't be a causal LM in safetensors."""
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise GeneratorError(
+                f"{name} is a LoRA adapter, not a whole model. Merge it into its base model first "
+                "(peft: merge_and_unload, then save_pretrained)."
+            )
+        raise GeneratorError(f"{name} has no config.json in {folder}: not a Hugging Face model.")
+    files = _weight_files(folder)
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise GeneratorError(
+            f"{name} is incomplete in {folder}: missing {', '.join(missing)}. Fetch it again."
+        )
+    if not files:
+        pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
+        if pickled:
+            raise GeneratorError(
+                f"{name} has only pickled weights ({', '.join(pickled)}), which can run code when "
+                "they are loaded. Save it as safetensors: model.save_pretrained(folder)."
+            )
+        raise GeneratorError(f"{name} has no *.safetensors weights in {folder}.")
+
+
+def _load_config(folder: Path, name: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise GeneratorError(f"the config of {name} can't be read: {error}") from error
+
+
+def _load_model(folder: Path, name: str, dtype: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise GeneratorError(
+            f"{name} can't be loaded as a causal language model: {error}"
+        ) from error
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would go on with random weights in their place
+        raise GeneratorError(
+            f"{name} lacks {len(missing)} of its weights, such as {missing[0]}. Fetch it again."
+        )
+    return model.eval()
+
+
+def _reader_layout(folder: Path) -> bool:
+    path = folder / "reader.json"
+    if not path.is_file():
+        return False
+    try:
+        layout = json.loads(path.read_text(encoding="utf-8")).get("layout")
+    except (ValueError, AttributeError) as error:
+        raise GeneratorError(f"{path} is not a JSON object: {error}") from error
+    return bool(layout == "reader")
+
+
+def _stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase, *, is_reader: bool) -> set[int]:
+    """Every token that ends an answer: the eos of model and tokenizer, and ends of a turn."""
+    stops: set[int] = set()
+    for config in (model.generation_config, model.config.get_text_config(decoder=True)):
+        eos = getattr(config, "eos_token_id", None)
+        stops.update([eos] if isinstance(eos, int) else eos or [])
+    if tokenizer.eos_token_id is not None:
+        stops.add(int(tokenizer.eos_token_id))
+    special = tokenizer.get_added_vocab()
+    names = (_READER_END,) if is_reader else _TURN_ENDS if tokenizer.chat_template else ()
+    stops.update(special[end] for end in names if end in special)
+    return stops

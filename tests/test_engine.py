@@ -1,0 +1,175 @@
+"""The engine's promises, on tiny random Llama, Qwen2 and Qwen3 in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from rag.engine import Engine, FinishEvent, Request, Sampling, TokenEvent, create_engine
+from rag.engine.slots import SlotEngine
+from rag.errors import GeneratorError
+from tests.tiny_models import FAMILIES, make_random_model
+
+PROMPT = tuple(
+    int(x) for x in torch.randint(8, 408, (70,), generator=torch.Generator().manual_seed(1))
+)
+
+
+def run(
+    engine: Engine, prompt: Sequence[int], *, new: int = 24, id: str = "a", **sampling: float
+) -> tuple[list[int], FinishEvent]:
+    request = Request(id, tuple(prompt), new, Sampling(**sampling))  # type: ignore[arg-type]
+    events = list(engine.generate([request]))
+    finish = events[-1]
+    assert isinstance(finish, FinishEvent)
+    return [event.token_id for event in events if isinstance(event, TokenEvent)], finish
+
+
+def reference(model: PreTrainedModel, prompt: Sequence[int], new: int = 24) -> list[int]:
+    """transformers' own greedy generation, without any of our cache."""
+    output = model.generate(
+        torch.tensor([list(prompt)]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=new,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return [int(token) for token in output[0, len(prompt) :]]
+
+
+def slot_engine(model: PreTrainedModel, **limits: int) -> SlotEngine:
+    return SlotEngine(
+        model,
+        context_length=limits.get("context_length", 512),
+        kv_tokens=limits.get("kv_tokens", 2048),
+    )
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return make_random_model(request.param)
+
+
+def test_greedy_equals_transformers_with_and_without_cached_prefix(model: PreTrainedModel) -> None:
+    engine = slot_engine(model)
+    expected = reference(model, PROMPT)
+    cold, finish = run(engine, PROMPT)
+    assert cold == expected
+    assert (finish.prompt_tokens, finish.reused_tokens, finish.new_tokens) == (70, 0, 24)
+    assert finish.reason == "length"
+    warm, finish = run(engine, PROMPT)
+    assert warm == expected
+    assert finish.reused_tokens == 69  # all but the one whose logits are needed
+
+
+def test_the_next_turn_computes_only_what_is_new(model: PreTrainedModel) -> None:
+    engine = slot_engine(model)
+    answer, _ = run(engine, PROMPT)
+    turn = (*PROMPT, *answer, *PROMPT[:9])
+    tokens, finish = run(engine, turn)
+    assert tokens == reference(model, turn)
+    # The last token of the answer was never fed back, so 70 + 23 are cached.
+    assert finish.reused_tokens == 93
+
+
+def test_a_branch_leaves_the_longer_conversation_cached(model: PreTrainedModel) -> None:
+    engine = slot_engine(model)
+    run(engine, PROMPT)
+    branch = (*PROMPT[:20], *reversed(PROMPT[20:]))
+    tokens, finish = run(engine, branch)
+    assert tokens == reference(model, branch)
+    assert finish.reused_tokens == 20
+    _, finish = run(engine, PROMPT)
+    assert finish.reused_tokens == 69
+
+
+def test_sliding_windows_survive_reuse() -> None:
+    model = make_random_model("mistral", sliding_window=16)
+    engine = slot_engine(model)
+    run(engine, PROMPT[:50])
+    tokens, finish = run(engine, PROMPT)
+    assert finish.reused_tokens == 50
+    assert tokens == reference(model, PROMPT)
+
+
+def test_two_interleaved_streams_do_not_mix() -> None:
+    model = make_random_model("llama")
+    engine = slot_engine(model)
+    other = tuple(reversed(PROMPT))
+    first = engine.generate([Request("a", PROMPT, 24)])
+    second = engine.generate([Request("b", other, 24)])
+    tokens: dict[str, list[int]] = {"a": [], "b": []}
+    for pair in zip(first, second, strict=True):
+        for event in pair:
+            if isinstance(event, TokenEvent):
+                tokens[event.request_id].append(event.token_id)
+    assert tokens == {"a": reference(model, PROMPT), "b": reference(model, other)}
+
+
+def test_a_stop_token_ends_the_output_and_is_not_part_of_it() -> None:
+    model = make_random_model("llama")
+    expected = reference(model, PROMPT)
+    stop = expected[5]
+    events = list(slot_engine(model).generate([Request("a", PROMPT, 24, stop_ids=(stop,))]))
+    tokens = [event.token_id for event in events if isinstance(event, TokenEvent)]
+    assert tokens == expected[: expected.index(stop)]
+    assert isinstance(events[-1], FinishEvent) and events[-1].reason == "stop"
+
+
+def test_logprobs_are_those_of_the_model() -> None:
+    model = make_random_model("qwen2")
+    events = list(
+        slot_engine(model).generate([Request("a", PROMPT, 4, Sampling(temperature=0.7, seed=3))])
+    )
+    chosen = [event for event in events if isinstance(event, TokenEvent)]
+    ids = torch.tensor([[*PROMPT, *(event.token_id for event in chosen)]])
+    with torch.no_grad():
+        logprobs = model(ids).logits[0].log_softmax(-1)
+    for index, event in enumerate(chosen):
+        expected = float(logprobs[len(PROMPT) - 1 + index, event.token_id])
+        assert event.logprob == pytest.approx(expected, abs=1e-4)
+
+
+def test_closing_or_cancelling_a_stream_frees_its_slot() -> None:
+    engine = slot_engine(make_random_model("llama"), kv_tokens=512)
+    for _ in range(5):
+        stream = engine.generate([Request("a", PROMPT, 400)])
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+    stream = engine.generate([Request("b", PROMPT, 400)])
+    next(stream)
+    engine.cancel("b")
+    last = list(stream)[-1]
+    assert isinstance(last, FinishEvent) and last.reason == "cancelled" and last.reused_tokens == 69
+
+
+def test_requests_that_cannot_run_are_refused_at_once() -> None:
+    engine = slot_engine(make_random_model("llama"), context_length=80)
+    with pytest.raises(GeneratorError, match="70 prompt tokens \\+ 11 new tokens = 81 exceed"):
+        engine.generate([Request("a", PROMPT, 11)])
+    with pytest.raises(GeneratorError, match="empty"):
+        engine.generate([Request("a", (), 11)])
+    with pytest.raises(GeneratorError, match="max_new_tokens is 0"):
+        engine.generate([Request("a", PROMPT, 0)])
+    with pytest.raises(GeneratorError, match="temperature is -1"):
+        engine.generate([Request("a", PROMPT, 5, Sampling(temperature=-1))])
+
+
+def test_create_engine_runs_any_causal_lm() -> None:
+    for family, changes in (
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}),
+    ):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, vocab_size=408, initializer_range=0.3, **changes)
+        other = AutoModelForCausalLM.from_config(config).float().eval()
+        engine = create_engine(other, context_length=256)
+        run(engine, PROMPT[:40])
+        tokens, finish = run(engine, PROMPT)
+        assert tokens == reference(other, PROMPT)
+        assert finish.reused_tokens == 40
