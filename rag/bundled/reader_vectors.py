@@ -58,8 +58,7 @@ def factorise(
     """Vectors from co-occurrence counts. Returns float32 (tokens, dim), rows of unit length.
 
     Positive PMI with context counts raised to `smoothing`; randomised SVD (Halko et al., 2011);
-    singular values to the power 0.5; the mean row, which only says how frequent a token is, is
-    taken off. Rows of tokens never seen are random.
+    singular values to the power 0.5. Rows of tokens never seen are random.
     """
     rng = np.random.default_rng(seed)
     counts = counts.tocoo()
@@ -79,7 +78,29 @@ def factorise(
     left, values, _ = np.linalg.svd(small @ small.T)
     vectors = (basis @ left[:, :dim]) * np.sqrt(values[:dim]) ** 0.5
     seen = row_sum > 0
-    vectors[seen] -= vectors[seen].mean(0)
     vectors[~seen] = rng.standard_normal((int((~seen).sum()), dim))
+    return unit_rows(np.asarray(vectors, np.float32))
+
+
+def unit_rows(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The vectors with rows of unit length."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.asarray(vectors / np.maximum(norms, 1e-6), np.float32)
+
+
+def spread(
+    vectors: NDArray[np.float32], groups: NDArray[np.int64], *, directions: int = 2
+) -> NDArray[np.float32]:
+    """Vectors without what all of a group share. Returns float32 (tokens, dim), unit rows.
+
+    The tokens of one script stand so much together that all of them look alike; their mean and
+    first principal `directions` are taken off (Mu and Viswanath, 2018), group by group.
+    """
+    spread_out = vectors.astype(np.float32).copy()
+    for group in np.unique(groups):
+        rows = spread_out[groups == group]
+        rows -= rows.mean(0)
+        _, axes = np.linalg.eigh(rows.T @ rows)
+        top = axes[:, -directions:]
+        spread_out[groups == group] = rows - (rows @ top) @ top.T
+    return unit_rows(spread_out)

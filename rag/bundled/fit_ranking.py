@@ -1,0 +1,299 @@
+"""Fit what ranks passages and sentences and what refuses: `python -m rag.bundled.fit_ranking`.
+
+Uses only questions whose passages the bundled embedder was not trained on. Writes ranking.json
+(passage weights), evidence.json (sentence weights; support weights with the refusal threshold).
+Passage and sentence weights minimise the listwise softmax loss (ListNet, Cao et al., 2007);
+support is a logistic regression on questions whose gold passage is there or has been taken away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rag import evidence, ranking
+from rag.answer import Hit
+from rag.bundled.training_data import held_out, read_rows
+from rag.document import Chunk, Document
+from rag.embedder import Embedder, load_embedder
+from rag.knowledge import FileRecord, KnowledgeBase, StoredChunk
+from rag.language import Language
+from rag.retriever import CANDIDATES, Retriever, WeighedQuestion
+
+HERE = Path(__file__).parent
+PASSAGES_GIVEN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class FitQuestion:
+    question: str
+    passage: str
+    answer: str | None  # a span of the passage
+
+
+def questions_of(data: Path, language: Language) -> tuple[list[FitQuestion], list[str]]:
+    """Held-out questions, and every passage of the collection they are asked to."""
+    answers = {
+        (row["question"], row["context"]): str(row["answer"])
+        for row in read_rows(data / f"reading_comprehension.{language}.jsonl.xz")
+        if str(row["answer"]) in row["context"]
+    }
+    found: list[FitQuestion] = []
+    passages: dict[str, None] = {}
+    for row in read_rows(data / f"retrieval_pairs.{language}.jsonl.xz"):
+        if row["src"] == "medquad":
+            continue
+        passages[row["positive"]] = None
+        if held_out(row["positive"], language):
+            answer = answers.get((row["query"], row["positive"]))
+            found.append(FitQuestion(row["query"], row["positive"], answer))
+    return found, list(passages)
+
+
+def build_base(passages: Sequence[str], embedder: Embedder, folder: Path) -> KnowledgeBase:
+    """A knowledge base with each passage as one chunk, a hundred to a file."""
+    base = KnowledgeBase.create(folder)
+    with base.writing():
+        base.bind_embedder(embedder)
+        for begin in range(0, len(passages), 100):
+            path = f"{begin}.txt"
+            chunks, position = [], 0
+            for text in passages[begin : begin + 100]:
+                chunks.append(Chunk(path, text, position, position + len(text)))
+                position += len(text) + 10  # a gap, so that no two are neighbours
+            base.put_file(
+                FileRecord(path, "", 0, "ok"), Document(path, "", "txt"), chunks,
+                embedder.embed_passages([chunk.indexed_text for chunk in chunks]),
+            )
+        base.publish()
+    return base
+
+
+@dataclass(slots=True)
+class Searched:
+    question: FitQuestion
+    weighed: WeighedQuestion
+    stored: list[StoredChunk]
+    features: np.ndarray  # (candidates, ranking.FEATURES)
+    gold: int | None  # which candidate is the gold passage
+
+
+def search(retriever: Retriever, questions: Sequence[FitQuestion]) -> Iterator[Searched]:
+    for item in questions:
+        vector = retriever.embedder.embed_questions([item.question])[0]
+        with retriever.base.snapshot():
+            dense = retriever.base.search_dense(vector[None], CANDIDATES)[0]
+            weighed = retriever.weigh(item.question)
+            stored, features = retriever._candidates(weighed, vector, dense, CANDIDATES)
+        gold = next((at for at, one in enumerate(stored) if one.chunk.text == item.passage), None)
+        yield Searched(item, weighed, stored, features, gold)
+
+
+def fit_listwise(
+    lists: Sequence[tuple[np.ndarray, np.ndarray]], names: Sequence[str], *, decay: float = 1e-3
+) -> dict[str, float]:
+    """Weights that put the right ones (bool (n,)) of each list of features (n, f) first."""
+    stacked = np.concatenate([features for features, _ in lists])
+    scale = stacked.std(axis=0) + 1e-9
+    weights = torch.zeros(len(names), dtype=torch.float64, requires_grad=True)
+    longest = max(len(right) for _, right in lists)
+    features = torch.zeros(len(lists), longest, len(names), dtype=torch.float64)
+    valid = torch.zeros(len(lists), longest, dtype=torch.bool)
+    right = torch.zeros(len(lists), longest, dtype=torch.bool)
+    for at, (rows, correct) in enumerate(lists):
+        features[at, : len(rows)] = torch.from_numpy(rows / scale)
+        valid[at, : len(rows)] = True
+        right[at, : len(rows)] = torch.from_numpy(correct)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        scores = (features @ weights).masked_fill(~valid, -1e9)
+        won = scores.masked_fill(~right, -1e9)
+        value = (scores.logsumexp(1) - won.logsumexp(1)).mean() + decay * (weights**2).sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    fitted = weights.detach().numpy() / scale
+    return {name: round(float(value), 5) for name, value in zip(names, fitted, strict=True)}
+
+
+def first_right(lists: Sequence[tuple[np.ndarray, np.ndarray]], weights: dict[str, float]) -> float:
+    """Share of lists whose best-scored row is right."""
+    vector = np.array(list(weights.values()))
+    return float(np.mean([right[np.argmax(rows @ vector)] for rows, right in lists]))
+
+
+def fit_support(rows: np.ndarray, labels: np.ndarray) -> tuple[dict[str, float], float, float]:
+    """Logistic weights, the threshold of best balanced accuracy, and that accuracy."""
+    scale = rows.std(axis=0) + 1e-9
+    scale[0] = 1.0
+    x, y = torch.from_numpy(rows / scale), torch.from_numpy(labels.astype(np.float64))
+    weights = torch.zeros(rows.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=300, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = torch.nn.functional.binary_cross_entropy_with_logits(x @ weights, y)
+        value = value + 1e-3 * (weights[1:] ** 2).sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    fitted = weights.detach().numpy() / scale
+    probability = 1 / (1 + np.exp(-(rows @ fitted)))
+    best, threshold = 0.0, 0.5
+    for candidate in np.linspace(0.05, 0.95, 91):
+        said = probability >= candidate
+        accuracy = (said[labels].mean() + (~said[~labels]).mean()) / 2
+        if accuracy > best:
+            best, threshold = float(accuracy), float(candidate)
+    names = evidence.SUPPORT_FEATURES
+    return ({name: round(float(w), 5) for name, w in zip(names, fitted, strict=True)}, threshold, best)
+
+
+def _hits(item: Searched, scores: np.ndarray, *, without_gold: bool) -> tuple[list[Hit], list[int]]:
+    order = [at for at in np.argsort(-scores) if not (without_gold and at == item.gold)]
+    order = order[:PASSAGES_GIVEN]
+    return [Hit(item.stored[at].chunk, float(scores[at])) for at in order], [int(at) for at in order]
+
+
+def _sentence_lists(
+    items: Sequence[Searched], weights: np.ndarray, embedder: Embedder
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    lists = []
+    for item in items:
+        if item.gold is None or not item.question.answer:
+            continue
+        hits, order = _hits(item, item.features @ weights, without_gold=False)
+        if item.gold not in order:
+            continue
+        sentences, features = evidence.sentence_features(
+            item.question.question, item.weighed.terms, item.weighed.weights, hits, embedder
+        )
+        gold = order.index(item.gold) + 1
+        right = np.array([s.hit_number == gold and item.question.answer in s.text for s in sentences])
+        if right.any():
+            lists.append((features, right))
+    return lists
+
+
+def _support_rows(
+    items: Sequence[Searched], weights: np.ndarray, sentence_weights: np.ndarray, embedder: Embedder,
+    base: KnowledgeBase,
+) -> tuple[np.ndarray, np.ndarray]:
+    rows, labels = [], []
+    for item in items:
+        if item.gold is None:
+            continue
+        scores = item.features @ weights
+        counts = base.term_counts(item.weighed.terms)
+        gold_terms = set(item.stored[item.gold].body_terms)
+        for without_gold in (False, True):
+            hits, order = _hits(item, scores, without_gold=without_gold)
+            if not hits or (not without_gold and item.gold not in order):
+                continue
+            sentences, features = evidence.sentence_features(
+                item.question.question, item.weighed.terms, item.weighed.weights, hits, embedder
+            )
+            best = int(np.argmax(features @ sentence_weights))
+            unknown = frozenset(
+                term for term in item.weighed.terms
+                if counts[term] - (1 if without_gold and term in gold_terms else 0) <= 0
+            )
+            rows.append(evidence.support_features(
+                item.question.question, item.weighed.terms, item.weighed.weights,
+                sentence=features[best], hit=item.features[order].max(axis=0), unknown_terms=unknown,
+            ))
+            labels.append(not without_gold)
+    return np.array(rows), np.array(labels)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder with the .jsonl.xz files")
+    parser.add_argument("--embedder", default="bundled")
+    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--questions", type=int, default=2500, help="most questions of a language")
+    parser.add_argument("--passages", type=int, default=4000, help="most passages of a language")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    embedder = load_embedder(options.embedder)
+    fitted: dict[str, dict[str, dict[str, float]]] = {"ranking": {}, "sentence": {}, "support": {}}
+    figures: dict[str, dict[str, float]] = {}
+    work = Path(tempfile.mkdtemp(prefix="fit-ranking-"))
+    try:
+        for language in ("en", "zh"):
+            questions, passages = questions_of(options.data, language)
+            rng.shuffle(questions)
+            questions = questions[: options.questions]
+            asked = dict.fromkeys(item.passage for item in questions)
+            others = [text for text in passages if text not in asked]
+            room = max(0, min(options.passages - len(asked), len(others)))
+            base = build_base([*asked, *rng.sample(others, room)], embedder, work / language)
+            items = list(search(Retriever(base, embedder), questions))
+            figures[language] = _fit_language(language, items, embedder, base, fitted)
+            print(language, len(items), "questions", json.dumps(figures[language]), flush=True)
+    finally:
+        shutil.rmtree(work)
+    _write(options.out / "ranking.json", {"weights": fitted["ranking"], "figures": figures})
+    _write(options.out / "evidence.json", {"sentence": fitted["sentence"], "support": fitted["support"]})
+
+
+def _fit_language(
+    language: Language, items: list[Searched], embedder: Embedder, base: KnowledgeBase,
+    fitted: dict[str, dict[str, dict[str, float]]],
+) -> dict[str, float]:
+    """Fit on the first 70%, measure on the rest. Returns the figures of the rest."""
+    cut = int(len(items) * 0.7)
+    parts = (items[:cut], items[cut:])
+    lists = [
+        [(i.features, np.arange(len(i.stored)) == i.gold) for i in part if i.gold is not None]
+        for part in parts
+    ]
+    passage = fit_listwise(lists[0], ranking.FEATURES)
+    vector = np.array(list(passage.values()))
+    sentence_lists = [_sentence_lists(part, vector, embedder) for part in parts]
+    sentence = fit_listwise(sentence_lists[0], evidence.FEATURES)
+    sentence_vector = np.array(list(sentence.values()))
+    rows, labels = _support_rows(parts[0], vector, sentence_vector, embedder, base)
+    support, threshold, _ = fit_support(rows, labels)
+    test_rows, test_labels = _support_rows(parts[1], vector, sentence_vector, embedder, base)
+    said = 1 / (1 + np.exp(-(test_rows @ np.array(list(support.values()))))) >= threshold
+    fitted["ranking"][language] = passage
+    fitted["sentence"][language] = sentence
+    fitted["support"][language] = {**support, "threshold": round(threshold, 3)}
+    found = len(lists[1]) / max(1, len(parts[1]))
+    only = {name: dict.fromkeys(ranking.FEATURES, 0.0) | {name: 1.0} for name in ("bm25", "dense")}
+    return {
+        "found": round(found, 4),
+        "hit@1": round(first_right(lists[1], passage) * found, 4),
+        "hit@1 bm25": round(first_right(lists[1], only["bm25"]) * found, 4),
+        "hit@1 dense": round(first_right(lists[1], only["dense"]) * found, 4),
+        "sentence@1": round(first_right(sentence_lists[1], sentence), 4),
+        "refusal balanced accuracy": round(
+            float((said[test_labels].mean() + (~said[~test_labels]).mean()) / 2), 4
+        ),
+    }
+
+
+def _write(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

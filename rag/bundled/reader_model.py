@@ -1,0 +1,401 @@
+"""The bundled reader as it is trained: Qwen3's network, the loss at answer tokens, a pointer loss.
+
+The parameters carry the names of `transformers.Qwen3ForCausalLM`, so an exported folder loads
+there. Queries and keys are normalised (Dehghani et al., 2023), positions rotate (Su et al., 2021),
+input and output embeddings are one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rag.bundled.reader_data import IGNORED, Example
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderConfig:
+    """Sizes of the network, by the names transformers uses."""
+
+    vocab_size: int = 24_576
+    hidden_size: int = 256
+    intermediate_size: int = 512
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 4
+    head_dim: int = 64
+    max_position_embeddings: int = 4096
+    rope_theta: float = 1_000_000.0
+
+    def to_transformers(self) -> dict[str, object]:
+        """The content of config.json."""
+        sizes = asdict(self)
+        theta = sizes.pop("rope_theta")
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            **sizes,
+            "rope_theta": theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+            "hidden_act": "silu",
+            "rms_norm_eps": EPS,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "tie_word_embeddings": True,
+            "use_cache": True,
+            "bos_token_id": None,
+            "eos_token_id": 4,
+            "pad_token_id": 5,
+            "dtype": "bfloat16",
+        }
+
+
+PRESETS = {
+    # a laptop's processor: 10 million parameters, 6 of them embeddings
+    "small": ReaderConfig(),
+    # one data-centre GPU: 46 million parameters
+    "gpu": ReaderConfig(
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=10,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    ),
+    "tiny": ReaderConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+    ),
+}
+
+
+class Norm(nn.Module):
+    """Root mean square normalisation (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, EPS)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ReaderConfig) -> None:
+        super().__init__()
+        dim, head = config.hidden_size, config.head_dim
+        self.head_dim = head
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(dim, self.heads * head, bias=False)
+        self.k_proj = nn.Linear(dim, self.kv_heads * head, bias=False)
+        self.v_proj = nn.Linear(dim, self.kv_heads * head, bias=False)
+        self.o_proj = nn.Linear(self.heads * head, dim, bias=False)
+        self.q_norm = Norm(head)
+        self.k_norm = Norm(head)
+
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the output (B, T, C) and the first head's queries and keys, each (B, T, D)."""
+        B, T, _ = x.shape
+        D = self.head_dim
+        weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+        qkv = F.linear(x, weight)
+        q, k, v = qkv.split([self.heads * D, self.kv_heads * D, self.kv_heads * D], dim=-1)
+        q = rotate(self.q_norm(q.view(B, T, self.heads, D)), rotation).transpose(1, 2)
+        k = rotate(self.k_norm(k.view(B, T, self.kv_heads, D)), rotation).transpose(1, 2)
+        v = v.view(B, T, self.kv_heads, D).transpose(1, 2)  # (B, H, T, D)
+        if self.heads != self.kv_heads:
+            times = self.heads // self.kv_heads
+            wide_k, wide_v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
+        else:
+            wide_k, wide_v = k, v
+        out = F.scaled_dot_product_attention(
+            q, wide_k, wide_v, attn_mask=mask, is_causal=mask is None
+        )
+        out = self.o_proj(out.transpose(1, 2).reshape(B, T, self.heads * D))
+        return out, q[:, 0], k[:, 0]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer, 2020)."""
+
+    def __init__(self, config: ReaderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, torch.cat([self.gate_proj.weight, self.up_proj.weight])).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ReaderConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = Norm(config.hidden_size)
+        self.post_attention_layernorm = Norm(config.hidden_size)
+
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        attended, q, k = self.self_attn(self.input_layernorm(x), rotation, mask)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), q, k
+
+
+class Body(nn.Module):
+    def __init__(self, config: ReaderConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = Norm(config.hidden_size)
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions. x: (B, T, H, D); the two parts of `rotation`: (B or 1, T, 1, D)."""
+    cos, sin = rotation
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat([-right, left], -1) * sin
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Examples padded to one length. Flat indices count over B * T."""
+
+    ids: Tensor  # (B, T)
+    positions: Tensor | None  # (B, T); None: 0, 1, 2, ... in every row
+    mask: Tensor | None  # (B, 1, T, T) true where attention is allowed; None: causal
+    target_rows: Tensor  # (N,) row of each answer token
+    target_columns: Tensor  # (N,) position it is said behind
+    target_ids: Tensor  # (N,)
+    sources: Tensor  # (N,) position copied from, or IGNORED
+    first: Tensor  # (N,) true where it is the first token of an answer
+    sentence_ends: Tensor  # (B, S) positions, padded with 0
+    sentence_kept: Tensor  # (B, S) true where a sentence is
+    gold_sentence: Tensor  # (B,) index among the sentences; S where none answers
+    tokens: int  # without padding
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Mean losses in nats; `total` is what is minimised. `exact` is the share of answer tokens
+    (teacher forced) said right, `exact_first` that of the first ones."""
+
+    total: Tensor
+    answer: Tensor
+    pointer: Tensor
+    sentence: Tensor
+    exact: Tensor
+    exact_first: Tensor
+
+
+class Reader(nn.Module):
+    """The network with the heads that only training has (`sentence_head`, `no_sentence`)."""
+
+    def __init__(self, config: ReaderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Body(config)
+        self.sentence_head = nn.Linear(config.hidden_size, 1, bias=False)
+        self.no_sentence = nn.Parameter(torch.zeros(1))
+        self.reset()
+
+    def reset(self, vectors: NDArray[np.float32] | None = None) -> None:
+        """Fresh weights. `vectors` (vocab_size, hidden_size), unit rows, start the embeddings.
+
+        The keys of half the heads start as the queries, so that a token attends to its like from
+        the first step on (after Trockman and Kolter, 2023); outputs of blocks start at zero.
+        """
+        config = self.config
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.ndim == 2:
+                    nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+                if name.endswith(("o_proj.weight", "down_proj.weight", "sentence_head.weight")):
+                    parameter.mul_(0.1)
+            if vectors is not None:
+                noise = torch.randn_like(self.model.embed_tokens.weight) * config.hidden_size**-0.5
+                rows = torch.from_numpy(vectors) + 0.4 * noise
+                self.model.embed_tokens.weight.copy_(F.normalize(rows, dim=-1))
+            for layer in self.model.layers:
+                attention = layer.self_attn
+                rows_kept = config.head_dim * max(1, config.num_key_value_heads // 2)
+                attention.k_proj.weight[:rows_kept] = attention.q_proj.weight[:rows_kept]
+
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for positions (B, T). Returns two tensors (B, T, 1, D)."""
+        dim = self.config.head_dim
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
+        angles = positions[..., None].float() * self.config.rope_theta**-exponents
+        angles = torch.cat([angles, angles], -1)[:, :, None]
+        dtype = self.model.embed_tokens.weight.dtype
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def hidden(
+        self, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """Final states (B, T, C), the input of every layer, and every layer's first head."""
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        rotation = self.rotation(positions)
+        x = self.model.embed_tokens(ids)
+        inputs, heads = [], []
+        for layer in self.model.layers:
+            inputs.append(x)
+            x, q, k = layer(x, rotation, mask)
+            heads.append((q, k))
+        return self.model.norm(x), inputs, heads
+
+    def logits(
+        self, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, vocab_size), as Qwen3ForCausalLM gives them."""
+        return F.linear(self.hidden(ids, positions, mask)[0], self.model.embed_tokens.weight)
+
+    def losses(self, batch: Batch, *, pointer_weight: float, sentence_weight: float) -> Losses:
+        """The answer's cross-entropy; how far the pointer heads look from where it is copied
+        from; and which sentence answers, told from the sentences' last tokens.
+
+        The pointer loss trains the first head of the last two layers to attend, from each answer
+        position, to the token that comes next (the attention of pointer networks, Vinyals et al.,
+        2015, but inside an ordinary causal model).
+        """
+        x, inputs, heads = self.hidden(batch.ids, batch.positions, batch.mask)
+        said = x[batch.target_rows, batch.target_columns]
+        logits = F.linear(said, self.model.embed_tokens.weight).float()
+        each = F.cross_entropy(logits, batch.target_ids, reduction="none")
+        # the first token decides which answer it is; the rest follows by copying
+        weight = 1.0 + batch.first.float()
+        answer = (each * weight).sum() / weight.sum()
+        right = (logits.argmax(-1) == batch.target_ids).float()
+
+        # pointer heads
+        copied = batch.sources != IGNORED
+        rows, columns = batch.target_rows[copied], batch.target_columns[copied]
+        pointer = answer.new_zeros(())
+        if len(rows):
+            T = batch.ids.shape[1]
+            ahead = torch.arange(T, device=rows.device)[None] > columns[:, None]
+            weight = weight[copied]
+            for q, k in heads[-2:]:
+                q_said = q[rows, columns].float() * self.config.head_dim**-0.5  # (N, D)
+                scores = torch.einsum("nd,ntd->nt", q_said, k.float()[rows])
+                if batch.mask is not None:
+                    scores = scores.masked_fill(~batch.mask[rows, 0, columns], -1e9)
+                scores = scores.masked_fill(ahead, -1e9)
+                missed = F.cross_entropy(scores, batch.sources[copied], reduction="none")
+                pointer = pointer + (missed * weight).sum() / weight.sum() / 2
+
+        # which sentence
+        sentence = answer.new_zeros(())
+        if batch.sentence_ends.shape[1]:
+            at = max(0, self.config.num_hidden_layers - 2)
+            lines = torch.arange(len(batch.ids), device=batch.ids.device)[:, None]
+            ends = F.rms_norm(inputs[at][lines, batch.sentence_ends], (x.shape[-1],))
+            scores = self.sentence_head(ends)[..., 0].float()  # (B, S)
+            scores = scores.masked_fill(~batch.sentence_kept, -1e9)
+            none = self.no_sentence.float().expand(len(scores), 1)
+            sentence = F.cross_entropy(torch.cat([scores, none], 1), batch.gold_sentence)
+        total = answer + pointer_weight * pointer + sentence_weight * sentence
+        return Losses(
+            total,
+            answer.detach(),
+            pointer.detach(),
+            sentence.detach(),
+            right.mean().detach(),
+            right[batch.first].mean().detach(),
+        )
+
+
+def block_positions(
+    length: int, passage_starts: Sequence[int], question_start: int
+) -> NDArray[np.int64]:
+    """Positions in the second layout: every passage counts on from the shared opening token, the
+    question behind the longest passage. Returns (length,)."""
+    opening = passage_starts[0]
+    positions = np.arange(length)
+    borders = [*passage_starts, question_start]
+    longest = max(end - start for start, end in zip(borders, borders[1:]))
+    for start, end in zip(borders, borders[1:]):
+        positions[start:end] = opening + np.arange(end - start)
+    positions[question_start:] = opening + longest + np.arange(length - question_start)
+    return positions
+
+
+def block_mask(
+    length: int, passage_starts: Sequence[int], question_start: int
+) -> NDArray[np.bool_]:
+    """Attention in the second layout: a passage sees the opening and itself, the question and the
+    answer see everything before them. Returns (length, length), true where allowed."""
+    owner = np.zeros(length, np.int64)
+    for number, start in enumerate(passage_starts, 1):
+        owner[start:] = number
+    owner[question_start:] = len(passage_starts) + 1
+    causal = np.tril(np.ones((length, length), bool))
+    same = owner[:, None] == owner[None]
+    asks = owner[:, None] > len(passage_starts)
+    return causal & (same | asks | (owner[None] == 0))
+
+
+def collate(
+    examples: Sequence[Example], *, length: int, device: torch.device, pad_id: int = 5
+) -> Batch:
+    """The examples in one batch, each row padded to `length` tokens on the right."""
+    B = len(examples)
+    ids = np.full((B, length), pad_id, np.int64)
+    most = max(len(e.sentence_ends) for e in examples)
+    ends = np.zeros((B, most), np.int64)
+    kept = np.zeros((B, most), bool)
+    gold = np.full(B, most, np.int64)
+    blocks = any(e.blocks for e in examples)
+    positions = np.tile(np.arange(length), (B, 1)) if blocks else None
+    mask = np.tile(np.tril(np.ones((length, length), bool)), (B, 1, 1, 1)) if blocks else None
+    for row, example in enumerate(examples):
+        n = len(example.ids)
+        ids[row, :n] = example.ids
+        sentences = len(example.sentence_ends)
+        ends[row, :sentences] = example.sentence_ends
+        kept[row, :sentences] = True
+        if example.gold_sentence != IGNORED:
+            gold[row] = example.gold_sentence
+        if example.blocks and positions is not None and mask is not None:
+            positions[row, :n] = block_positions(n, example.passage_starts, example.question_start)
+            mask[row, 0, :n, :n] = block_mask(n, example.passage_starts, example.question_start)
+
+    def tensor(array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    counts = [len(e.targets) for e in examples]
+    first = np.zeros(sum(counts), bool)
+    first[np.cumsum([0, *counts[:-1]])] = True
+    targets = np.concatenate([e.targets for e in examples]).astype(np.int64)
+    return Batch(
+        ids=tensor(ids),
+        positions=None if positions is None else tensor(positions),
+        mask=None if mask is None else tensor(mask),
+        target_rows=tensor(np.repeat(np.arange(B), counts)),
+        target_columns=tensor(targets[:, 0]),
+        target_ids=tensor(targets[:, 1]),
+        sources=tensor(np.concatenate([e.sources for e in examples]).astype(np.int64)),
+        first=tensor(first),
+        sentence_ends=tensor(ends),
+        sentence_kept=tensor(kept),
+        gold_sentence=tensor(gold),
+        tokens=sum(len(e.ids) for e in examples),
+    )

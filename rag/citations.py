@@ -1,0 +1,190 @@
+"""Answer text + hits -> citations that hold.
+
+A model's `[n]` is a claim, not a fact. Every sentence of an answer is compared with the passages:
+its words, weighed by how rare they are, must stand there, and all its numbers too. A marker out of
+range is removed, one that points at the wrong passage is corrected, a missing one is set, and a
+sentence that nothing supports is reported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rag.answer import Citation, Hit
+from rag.evidence import sentence_spans
+from rag.language import REFUSAL
+from rag.term_weights import term_weights
+from rag.terms import normalise, passage_terms, question_terms
+
+MARKER = re.compile(r"[ \t]*[\[【]\s*(\d{1,3}(?:\s*[,，、]\s*\d{1,3})*)\s*[\]】]")
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*%?")
+_NEGATION = re.compile(
+    r"\b(?:not?|never|cannot|without|none)\b|n['’]t\b|不(?!同|断|仅|但|过|论|管|久|少|只)|没有|无法|并非|未(?!来)"
+)
+# Weighed share of a sentence's terms that one or two sentences of a passage must hold. Word forms
+# differ between a question's words and a passage's, so it isn't 1.
+SUPPORTED = 0.55
+_CITED_BONUS = 0.08  # between near equals, the passage that the model named
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedText:
+    """The text with its markers set right, and what they stand for."""
+
+    text: str
+    citations: tuple[Citation, ...]
+    unsupported: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    hit_number: int
+    start: int  # in the hit's text
+    end: int
+    terms: frozenset[str]
+    numbers: frozenset[str]
+    negated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Match:
+    score: float
+    span: _Span
+
+
+def strip_markers(text: str) -> str:
+    """The text without any `[n]`."""
+    return MARKER.sub("", text).strip()
+
+
+def is_refusal(text: str) -> bool:
+    """Whether a model said that the passages hold no answer, in the words it was told to use."""
+    bare = normalise(strip_markers(text)).rstrip("。. ")
+    return any(bare.startswith(normalise(phrase).rstrip("。. ")) for phrase in REFUSAL.values())
+
+
+def check_citations(
+    text: str, hits: Sequence[Hit], *, page_at: Callable[[str, int], int | None]
+) -> CheckedText:
+    """Set the markers of an answer right. `page_at(path, offset)` gives the page of a character."""
+    spans = _passage_spans(hits)
+    pieces: list[str] = []
+    citations: dict[tuple[int, int, int], Citation] = {}
+    unsupported: list[str] = []
+    for sentence, separator, cited in _cited_sentences(text):
+        if not sentence:
+            pieces.append(separator)
+            continue
+        claimed = [number for number in cited if 1 <= number <= len(hits)]
+        match = _best_match(sentence, spans, claimed)
+        if match is None:
+            pieces.append(sentence + separator)
+            if _claims_something(sentence):
+                unsupported.append(sentence)
+            continue
+        citation = _citation(match.span, hits, page_at)
+        citations.setdefault((citation.marker, citation.start, citation.end), citation)
+        pieces.append(_with_marker(sentence, match.span.hit_number) + separator)
+    return CheckedText("".join(pieces).strip(), tuple(citations.values()), tuple(unsupported))
+
+
+def _cited_sentences(text: str) -> list[tuple[str, str, list[int]]]:
+    """(sentence without markers, blank space behind it, numbers cited), in order.
+
+    A marker counts for the sentence it stands in or directly behind, even behind its full stop.
+    """
+    marks = [(match.start(), match.end(), match.group(1)) for match in MARKER.finditer(text)]
+    bare: list[str] = []
+    positions: list[tuple[int, list[int]]] = []  # (offset in the bare text, numbers)
+    last = length = 0
+    for start, end, numbers in marks:
+        bare.append(text[last:start])
+        length += start - last
+        positions.append((length, [int(number) for number in re.findall(r"\d+", numbers)]))
+        last = end
+    bare.append(text[last:])
+    plain = "".join(bare)
+    result: list[tuple[str, str, list[int]]] = []
+    spans = sentence_spans(plain)
+    if spans and spans[0][0] > 0:
+        result.append(("", plain[: spans[0][0]], []))
+    for at, (start, end) in enumerate(spans):
+        following = spans[at + 1][0] if at + 1 < len(spans) else len(plain)
+        cited = [
+            number for offset, numbers in positions for number in numbers
+            if (start < offset <= end) or (end < offset < following)
+            or (at + 1 == len(spans) and offset >= end)
+        ]
+        result.append((plain[start:end], plain[end:following], cited))
+    return result
+
+
+def _passage_spans(hits: Sequence[Hit]) -> list[_Span]:
+    """Each sentence of each hit, and each pair of neighbouring ones."""
+    spans: list[_Span] = []
+    for number, hit in enumerate(hits, 1):
+        text = hit.chunk.text
+        ranges = sentence_spans(text)
+        pairs = [(a[0], b[1]) for a, b in zip(ranges, ranges[1:], strict=False)]
+        place = frozenset(passage_terms(hit.chunk.place))
+        for start, end in [*ranges, *pairs]:
+            sentence = text[start:end]
+            spans.append(_Span(
+                number, start, end, frozenset(passage_terms(sentence)) | place,
+                frozenset(_numbers(sentence)) | frozenset(_numbers(hit.chunk.place)),
+                bool(_NEGATION.search(sentence.lower())),
+            ))
+    return spans
+
+
+def _numbers(text: str) -> set[str]:
+    return {number.replace(",", "").rstrip(".") for number in _NUMBER.findall(normalise(text))}
+
+
+def _best_match(sentence: str, spans: Sequence[_Span], claimed: Sequence[int]) -> _Match | None:
+    terms = question_terms(sentence)
+    if not terms:
+        return None
+    weights = term_weights(terms, {}, 0)
+    total = sum(weights.values())
+    numbers = _numbers(sentence)
+    negated = bool(_NEGATION.search(sentence.lower()))
+    best: _Match | None = None
+    for span in spans:
+        if not numbers <= span.numbers:
+            continue
+        share = sum(weight for term, weight in weights.items() if term in span.terms) / total
+        if share < SUPPORTED or (negated != span.negated and share < 0.9):
+            continue
+        score = share + (_CITED_BONUS if span.hit_number in claimed else 0.0)
+        shorter = best is not None and score == best.score and (
+            span.end - span.start < best.span.end - best.span.start
+        )
+        if best is None or score > best.score + 0.02 or shorter:
+            best = _Match(score, span)
+    return best
+
+
+def _claims_something(sentence: str) -> bool:
+    """Whether a sentence has anything to support: "Sure!" and list numbers don't."""
+    return len(question_terms(sentence)) >= 2
+
+
+def _citation(
+    span: _Span, hits: Sequence[Hit], page_at: Callable[[str, int], int | None]
+) -> Citation:
+    chunk = hits[span.hit_number - 1].chunk
+    start = chunk.start + span.start
+    return Citation(
+        marker=span.hit_number, path=chunk.path, page=page_at(chunk.path, start), start=start,
+        end=chunk.start + span.end, quote=chunk.text[span.start : span.end],
+    )
+
+
+def _with_marker(sentence: str, number: int) -> str:
+    """The marker before the closing full stop in English, behind the sentence in Chinese."""
+    if sentence.endswith((".", "!", "?")):
+        return f"{sentence[:-1]} [{number}]{sentence[-1]}"
+    return f"{sentence} [{number}]"

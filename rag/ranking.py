@@ -1,0 +1,122 @@
+"""Question and candidate passages -> one score each, a weighted sum of how well they match.
+
+The weights are fitted on questions (`python -m rag.bundled.fit_ranking`), one set a language,
+because rank fusion without weights loses to BM25 alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from rag.language import Language
+
+FEATURES = (
+    "bm25",  # BM25 over words and place, as a share of the most that the question could get
+    "dense",  # cosine of question and passage
+    "coverage",  # share of the question's term weight that the passage holds
+    "window",  # the same within its best stretch of WINDOW terms
+    "pairs",  # share of neighbouring question terms that are neighbours in the passage
+    "place",  # share of the question's term weight in title, headings and file name
+    "bm25_of_best",  # bm25 divided by the best among the candidates
+    "dense_of_best",  # dense divided by the best among the candidates
+)
+WINDOW = 30
+_K1, _B = 1.2, 0.6
+_FITTED = Path(__file__).parent / "bundled" / "ranking.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A passage that dense or term search brought up."""
+
+    row: int
+    body_terms: Sequence[str]
+    place_terms: Sequence[str]
+    dense: float
+
+
+@lru_cache(maxsize=1)
+def fitted_weights() -> dict[str, npt.NDArray[np.float64]]:
+    """Language -> weights in the order of FEATURES."""
+    fitted = json.loads(_FITTED.read_text(encoding="utf-8"))
+    return {
+        language: np.array([weights[name] for name in FEATURES])
+        for language, weights in fitted["weights"].items()
+    }
+
+
+def match_features(
+    terms: Sequence[str], weights: Mapping[str, float], candidates: Sequence[Candidate],
+    *, average_terms: float,
+) -> npt.NDArray[np.float64]:
+    """float64 (candidates, FEATURES). `terms` are the question's, in order; `weights` theirs."""
+    rows = np.zeros((len(candidates), len(FEATURES)))
+    total = sum(weights[term] for term in terms) or 1.0
+    pairs = list(zip(terms, terms[1:], strict=False))
+    pair_total = sum(weights[a] + weights[b] for a, b in pairs) or 1.0
+    wanted = set(terms)
+    for row, candidate in zip(rows, candidates, strict=True):
+        places = [(at, term) for at, term in enumerate(candidate.body_terms) if term in wanted]
+        in_place = wanted.intersection(candidate.place_terms)
+        counts = Counter(term for _, term in places)
+        length = len(candidate.body_terms) + len(candidate.place_terms)
+        norm = _K1 * (1 - _B + _B * length / max(1.0, average_terms))
+        bm25 = 0.0
+        for term in wanted:
+            frequency = counts[term] + (1 if term in in_place else 0)
+            if frequency:
+                bm25 += weights[term] * frequency * (_K1 + 1) / (frequency + norm)
+        row[0] = bm25 / (total * (_K1 + 1))
+        row[1] = candidate.dense
+        row[2] = sum(weights[term] for term in wanted if counts[term] or term in in_place) / total
+        row[3] = _best_window(places, weights) / total
+        row[4] = sum(weights[a] + weights[b] for a, b in pairs if _adjacent(places, a, b)) / pair_total
+        row[5] = sum(weights[term] for term in in_place) / total
+    if len(candidates):
+        row_best = np.maximum(rows[:, :2].max(axis=0), 1e-6)
+        rows[:, 6:8] = rows[:, :2] / row_best
+    return rows
+
+
+def _best_window(places: Sequence[tuple[int, str]], weights: Mapping[str, float]) -> float:
+    """Largest weight of distinct question terms within WINDOW neighbouring terms."""
+    best = held = 0.0
+    inside: Counter[str] = Counter()
+    begin = 0
+    for at, term in places:
+        while places[begin][0] <= at - WINDOW:
+            gone = places[begin][1]
+            inside[gone] -= 1
+            if not inside[gone]:
+                held -= weights[gone]
+            begin += 1
+        if not inside[term]:
+            held += weights[term]
+        inside[term] += 1
+        best = max(best, held)
+    return best
+
+
+def _adjacent(places: Sequence[tuple[int, str]], first: str, second: str) -> bool:
+    """Whether `second` follows `first` within three terms (stop words stay in passages)."""
+    for index, (at, term) in enumerate(places):
+        if term == first:
+            for later, other in places[index + 1 : index + 4]:
+                if later - at > 3:
+                    break
+                if other == second:
+                    return True
+    return False
+
+
+def rank(features: npt.NDArray[np.float64], language: Language) -> npt.NDArray[np.float64]:
+    """Scores (candidates,), higher is better."""
+    return features @ fitted_weights()[language]

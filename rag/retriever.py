@@ -1,0 +1,181 @@
+"""Question -> list[Hit]: dense and term search bring candidates up, one fitted score ranks them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rag.answer import Hit
+from rag.document import Chunk
+from rag.embedder import Embedder
+from rag.errors import InputError
+from rag.evidence import best_sentence_start
+from rag.knowledge import KnowledgeBase, StoredChunk
+from rag.language import Language, detect_language
+from rag.ranking import Candidate, match_features, rank
+from rag.term_weights import term_weights
+from rag.terms import question_terms
+
+CANDIDATES = 48  # from each of dense and term search
+_MAX_QUESTION_TERMS = 64  # the heaviest ones of a question as long as a page
+_DUPLICATE = 0.92  # Jaccard similarity of term sets from which two passages say the same
+_LONGEST_JOINED = 2_400  # characters
+
+
+@dataclass(frozen=True, slots=True)
+class WeighedQuestion:
+    """A question as it is searched: its terms in order, and what each weighs in this base."""
+
+    text: str
+    language: Language
+    terms: tuple[str, ...]
+    weights: dict[str, float]
+
+
+@dataclass(slots=True)
+class _CollectionFacts:
+    generation: int
+    chunks: int
+    average_terms: float
+
+
+class Retriever:
+    """Searches one knowledge base with the embedder it was built with."""
+
+    def __init__(self, base: KnowledgeBase, embedder: Embedder) -> None:
+        base.check_embedder(embedder)
+        self.base = base
+        self.embedder = embedder
+        self._facts: _CollectionFacts | None = None
+
+    def retrieve(self, question: str, k: int) -> list[Hit]:
+        """Up to k passages, best first. Raises InputError for an empty question."""
+        return self.retrieve_batch([question], k)[0]
+
+    def retrieve_batch(self, questions: Sequence[str], k: int) -> list[list[Hit]]:
+        """`retrieve` for each question, embedded and searched together."""
+        if k < 1:
+            raise InputError(f"the number of passages must be at least 1, not {k}.")
+        for number, question in enumerate(questions, 1):
+            if not question.strip():
+                raise InputError(f"question {number} of {len(questions)} is empty.")
+        if not questions:
+            return []
+        vectors = self.embedder.embed_questions(questions)
+        with self.base.snapshot():
+            found = self.base.search_dense(vectors, max(CANDIDATES, 3 * k))
+            return [
+                self._retrieve_one(question, vector, dense, k)
+                for question, vector, dense in zip(questions, vectors, found, strict=True)
+            ]
+
+    def weigh(self, question: str) -> WeighedQuestion:
+        """The question's terms with their weights in this base."""
+        terms = question_terms(question)
+        facts = self._collection_facts()
+        counts = self.base.term_counts(terms)
+        weights = term_weights(terms, counts, facts.chunks)
+        if len(terms) > _MAX_QUESTION_TERMS:
+            heaviest = set(sorted(terms, key=lambda term: -weights[term])[:_MAX_QUESTION_TERMS])
+            terms = [term for term in terms if term in heaviest]
+        return WeighedQuestion(question, detect_language(question), tuple(terms), weights)
+
+    def _collection_facts(self) -> _CollectionFacts:
+        generation = self.base.generation
+        if self._facts is None or self._facts.generation != generation:
+            self._facts = _CollectionFacts(
+                generation, self.base.count_chunks(), self.base.average_terms()
+            )
+        return self._facts
+
+    def _retrieve_one(
+        self, question: str, vector: np.ndarray, dense: list[tuple[int, float]], k: int
+    ) -> list[Hit]:
+        weighed = self.weigh(question)
+        stored, features = self._candidates(weighed, vector, dense, max(CANDIDATES, 3 * k))
+        if not stored:
+            return []
+        scores = rank(features, weighed.language)
+        order = sorted(range(len(stored)), key=lambda at: (-scores[at], stored[at].row))
+        hits: list[Hit] = []
+        kept: list[StoredChunk] = []
+        for at in order:
+            if len(hits) == k:
+                break
+            candidate = stored[at]
+            if any(_says_the_same(candidate, other) for other in kept):
+                continue
+            hit = Hit(
+                chunk=candidate.chunk, score=float(scores[at]),
+                dense_score=float(features[at, 1]), bm25_score=float(features[at, 0]),
+            )
+            kept.append(candidate)
+            neighbour = next((n for n, other in enumerate(hits) if _can_join(other.chunk, hit.chunk)), None)
+            if neighbour is None:
+                hits.append(hit)
+            else:
+                hits[neighbour] = self._joined(hits[neighbour], hit)
+        return [self._with_page(hit, weighed) for hit in hits]
+
+    def _candidates(
+        self, weighed: WeighedQuestion, vector: np.ndarray, dense: list[tuple[int, float]], count: int
+    ) -> tuple[list[StoredChunk], np.ndarray]:
+        """Chunks that either search brought up, with their match features (n, FEATURES)."""
+        cosines = dict(dense)
+        by_terms = self.base.search_terms(weighed.terms, count)
+        missing = [row for row, _ in by_terms if row not in cosines]
+        for row, stored_vector in self.base.vectors_of(missing).items():
+            cosines[row] = float(stored_vector @ vector)
+        stored = list(self.base.stored_chunks(list(cosines)).values())
+        features = match_features(
+            weighed.terms, weighed.weights,
+            [Candidate(item.row, item.body_terms, item.place_terms, cosines[item.row]) for item in stored],
+            average_terms=self._collection_facts().average_terms,
+        )
+        return stored, features
+
+    def _joined(self, first: Hit, second: Hit) -> Hit:
+        """Two neighbouring passages as one, with the text between them."""
+        low, high = sorted((first.chunk, second.chunk), key=lambda chunk: chunk.start)
+        text = self.base.document(low.path).text[low.start : high.end]
+        shared = 0
+        for a, b in zip(low.headings, high.headings, strict=False):
+            if a != b:
+                break
+            shared += 1
+        chunk = replace(
+            low, text=text, end=high.end, last_page=high.last_page, headings=low.headings[:shared]
+        )
+        return replace(first, chunk=chunk)
+
+    def _with_page(self, hit: Hit, weighed: WeighedQuestion) -> Hit:
+        chunk = hit.chunk
+        if chunk.page is None or chunk.page == chunk.last_page:
+            return replace(hit, page=chunk.page)
+        start = chunk.start + best_sentence_start(chunk.text, weighed.weights)
+        return replace(hit, page=self.base.document(chunk.path).page_at(start))
+
+
+def _says_the_same(first: StoredChunk, second: StoredChunk) -> bool:
+    """Near duplicates: equal text, or term sets that hardly differ and agree on every number."""
+    if first.chunk.text == second.chunk.text:
+        return True
+    a, b = set(first.body_terms), set(second.body_terms)
+    if min(len(a), len(b)) < _DUPLICATE * max(len(a), len(b)) or len(a) < 8:
+        return False
+    differing = a ^ b
+    if any(character.isdigit() for term in differing for character in term):
+        return False  # last year's figures are another statement
+    return len(a & b) >= _DUPLICATE * len(a | b)
+
+
+def _can_join(first: Chunk, second: Chunk) -> bool:
+    """Whether one follows the other in the same file and page, and both together stay readable."""
+    if first.path != second.path or first.last_page != second.page and first.page != second.last_page:
+        return False
+    low, high = sorted((first, second), key=lambda chunk: chunk.start)
+    if low.last_page != high.page or low.page != high.last_page:
+        return False
+    return 0 <= high.start - low.end <= 4 and high.end - low.start <= _LONGEST_JOINED
