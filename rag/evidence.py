@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -184,21 +184,27 @@ def fitted() -> dict[str, dict[str, dict[str, float]]]:
     return result
 
 
+@dataclass(frozen=True, slots=True)
+class RankedEvidence:
+    """Sentences, the one that answers best first, and that one's features."""
+
+    sentences: tuple[Evidence, ...]
+    best_features: npt.NDArray[np.float64]  # float64 (FEATURES,)
+
+
 def rank_sentences(
     question: str, terms: Sequence[str], weights: Mapping[str, float], hits: Sequence[Hit],
     embedder: Embedder, *, language: Language,
-) -> list[Evidence]:
-    """The sentences of the hits, the one that answers best first."""
+) -> RankedEvidence:
+    """The sentences of the hits by how well they answer the question."""
     sentences, features = sentence_features(question, terms, weights, hits, embedder)
     if not sentences:
-        return []
+        return RankedEvidence((), np.zeros(len(FEATURES)))
     fit = fitted()["sentence"][language]
     scores = features @ np.array([fit[name] for name in FEATURES])
-    order = np.argsort(-scores, kind="stable")
-    return [
-        Evidence(item.hit_number, item.start, item.end, item.text, float(scores[at]))
-        for at, item in ((at, sentences[at]) for at in order)
-    ]
+    order = [int(at) for at in np.argsort(-scores, kind="stable")]
+    ranked = tuple(replace(sentences[at], score=float(scores[at])) for at in order)
+    return RankedEvidence(ranked, features[order[0]])
 
 
 SUPPORT_FEATURES = (
@@ -222,3 +228,10 @@ def support_features(
         1.0, sentence[0], sentence[1], sentence[2], sentence[4], wrong_kind, hit[0], hit[1], hit[2],
         hit[3], sum(weights[term] for term in unknown_terms) / total, math.log1p(len(terms)),
     ])
+
+
+def support_probability(features: npt.NDArray[np.float64], language: Language) -> tuple[float, float]:
+    """Probability that the passages answer the question, and the fitted threshold to refuse below."""
+    fit = fitted()["support"][language]
+    score = float(features @ np.array([fit[name] for name in SUPPORT_FEATURES]))
+    return 1.0 / (1.0 + math.exp(-max(-50.0, min(50.0, score)))), fit["threshold"]

@@ -286,6 +286,14 @@ class KnowledgeBase:
             warnings=tuple(json.loads(row[6])),
         )
 
+    def page_at(self, path: str, offset: int) -> int | None:
+        """The 1-based page of a character of a file; None where the file has no pages."""
+        row = self._connection.execute("SELECT pages FROM documents WHERE path = ?", (path,)).fetchone()
+        if row is None:
+            return None  # removed since it was retrieved
+        pages = tuple(Page(*page) for page in json.loads(row[0]))
+        return Document(path=path, text="", media_type="", pages=pages).page_at(offset)
+
     def chunks_of(self, path: str) -> list[Chunk]:
         """The chunks of one file, in reading order."""
         rows = self._connection.execute(
@@ -494,6 +502,27 @@ class KnowledgeBase:
             [("index_generation", str(index.generation)), ("index_digest", _digest(data))],
         )
         connection.execute("COMMIT")
+
+    def check(self) -> list[str]:
+        """What is inconsistent in SQLite itself; an empty list where nothing is."""
+        problems: list[str] = []
+        connection = self._connection
+        for (line,) in connection.execute("PRAGMA integrity_check"):
+            if line != "ok":
+                problems.append(f"SQLite: {line}")
+        queries = {
+            "chunks without their file": "SELECT count(*) FROM chunks WHERE path NOT IN (SELECT path FROM files)",
+            "chunks without search terms": "SELECT count(*) FROM chunks WHERE id NOT IN (SELECT rowid FROM terms)",
+            "search terms without their chunk": "SELECT count(*) FROM terms WHERE rowid NOT IN "
+            "(SELECT id FROM chunks)",
+            "files whose number of chunks is wrong": "SELECT count(*) FROM files WHERE chunks != "
+            "(SELECT count(*) FROM chunks WHERE chunks.path = files.path)",
+        }
+        for what, query in queries.items():
+            count = connection.execute(query).fetchone()[0]
+            if count:
+                problems.append(f"{count} {what}")
+        return problems
 
     def index_state(self) -> str:
         """"current", or what is wrong with the FAISS file: "missing", "outdated", "damaged"."""

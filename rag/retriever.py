@@ -14,7 +14,7 @@ from rag.errors import InputError
 from rag.evidence import best_sentence_start
 from rag.knowledge import KnowledgeBase, StoredChunk
 from rag.language import Language, detect_language
-from rag.ranking import Candidate, match_features, rank
+from rag.ranking import FEATURES, Candidate, match_features, rank
 from rag.term_weights import term_weights
 from rag.terms import question_terms
 
@@ -32,6 +32,16 @@ class WeighedQuestion:
     language: Language
     terms: tuple[str, ...]
     weights: dict[str, float]
+    unknown_terms: frozenset[str]  # those that stand nowhere in the base
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """What came of one search. `best_match` holds the best of each match feature among the hits."""
+
+    weighed: WeighedQuestion
+    hits: tuple[Hit, ...]
+    best_match: np.ndarray  # float64 (FEATURES,)
 
 
 @dataclass(slots=True)
@@ -56,6 +66,10 @@ class Retriever:
 
     def retrieve_batch(self, questions: Sequence[str], k: int) -> list[list[Hit]]:
         """`retrieve` for each question, embedded and searched together."""
+        return [list(found.hits) for found in self.search_batch(questions, k)]
+
+    def search_batch(self, questions: Sequence[str], k: int) -> list[Retrieval]:
+        """Up to k hits for each question, with what speaks for them."""
         if k < 1:
             raise InputError(f"the number of passages must be at least 1, not {k}.")
         for number, question in enumerate(questions, 1):
@@ -80,7 +94,11 @@ class Retriever:
         if len(terms) > _MAX_QUESTION_TERMS:
             heaviest = set(sorted(terms, key=lambda term: -weights[term])[:_MAX_QUESTION_TERMS])
             terms = [term for term in terms if term in heaviest]
-        return WeighedQuestion(question, detect_language(question), tuple(terms), weights)
+        return WeighedQuestion(
+            text=question, language=detect_language(question), terms=tuple(terms),
+            weights={term: weights[term] for term in terms},
+            unknown_terms=frozenset(term for term in terms if not counts[term]),
+        )
 
     def _collection_facts(self) -> _CollectionFacts:
         generation = self.base.generation
@@ -92,15 +110,16 @@ class Retriever:
 
     def _retrieve_one(
         self, question: str, vector: np.ndarray, dense: list[tuple[int, float]], k: int
-    ) -> list[Hit]:
+    ) -> Retrieval:
         weighed = self.weigh(question)
         stored, features = self._candidates(weighed, vector, dense, max(CANDIDATES, 3 * k))
         if not stored:
-            return []
+            return Retrieval(weighed, (), np.zeros(len(FEATURES)))
         scores = rank(features, weighed.language)
         order = sorted(range(len(stored)), key=lambda at: (-scores[at], stored[at].row))
         hits: list[Hit] = []
         kept: list[StoredChunk] = []
+        kept_rows: list[int] = []
         for at in order:
             if len(hits) == k:
                 break
@@ -112,12 +131,18 @@ class Retriever:
                 dense_score=float(features[at, 1]), bm25_score=float(features[at, 0]),
             )
             kept.append(candidate)
-            neighbour = next((n for n, other in enumerate(hits) if _can_join(other.chunk, hit.chunk)), None)
+            kept_rows.append(at)
+            neighbour = next(
+                (n for n, other in enumerate(hits) if _can_join(other.chunk, hit.chunk)), None
+            )
             if neighbour is None:
                 hits.append(hit)
             else:
                 hits[neighbour] = self._joined(hits[neighbour], hit)
-        return [self._with_page(hit, weighed) for hit in hits]
+        return Retrieval(
+            weighed=weighed, hits=tuple(self._with_page(hit, weighed) for hit in hits),
+            best_match=features[kept_rows].max(axis=0),
+        )
 
     def _candidates(
         self, weighed: WeighedQuestion, vector: np.ndarray, dense: list[tuple[int, float]], count: int

@@ -184,6 +184,8 @@ class Batch:
     target_rows: Tensor  # (N,) row of each answer token
     target_columns: Tensor  # (N,) position it is said behind
     target_ids: Tensor  # (N,)
+    candidates: Tensor  # (K,) the tokens the softmax runs over: all of the batch, some others
+    target_candidates: Tensor  # (N,) where in `candidates` the answer tokens are
     sources: Tensor  # (N,) position copied from, or IGNORED
     first: Tensor  # (N,) true where it is the first token of an answer
     sentence_ends: Tensor  # (B, S) positions, padded with 0
@@ -278,18 +280,18 @@ class Reader(nn.Module):
         """
         x, inputs, heads = self.hidden(batch.ids, batch.positions, batch.mask)
         said = x[batch.target_rows, batch.target_columns]
-        logits = F.linear(said, self.model.embed_tokens.weight).float()
-        each = F.cross_entropy(logits, batch.target_ids, reduction="none")
+        logits = F.linear(said, self.model.embed_tokens.weight[batch.candidates]).float()
+        each = F.cross_entropy(logits, batch.target_candidates, reduction="none")
         # the first token decides which answer it is; the rest follows by copying
         weight = 1.0 + batch.first.float()
         answer = (each * weight).sum() / weight.sum()
-        right = (logits.argmax(-1) == batch.target_ids).float()
+        right = (logits.argmax(-1) == batch.target_candidates).float()
 
         # pointer heads
         copied = batch.sources != IGNORED
         rows, columns = batch.target_rows[copied], batch.target_columns[copied]
         pointer = answer.new_zeros(())
-        if len(rows):
+        if len(rows) and pointer_weight:
             T = batch.ids.shape[1]
             ahead = torch.arange(T, device=rows.device)[None] > columns[:, None]
             weight = weight[copied]
@@ -354,10 +356,21 @@ def block_mask(
 
 
 def collate(
-    examples: Sequence[Example], *, length: int, device: torch.device, pad_id: int = 5
+    examples: Sequence[Example],
+    *,
+    device: torch.device,
+    rng: np.random.Generator,
+    vocab_size: int,
+    others: int = 1024,
+    pad_id: int = 5,
 ) -> Batch:
-    """The examples in one batch, each row padded to `length` tokens on the right."""
+    """The examples in one batch, each row padded on the right to the longest.
+
+    An answer is copied, so the softmax runs over the tokens of the batch and `others` drawn ones:
+    a tenth of the work, and rows of tokens that don't occur aren't pushed about (Jean et al., 2015).
+    """
     B = len(examples)
+    length = max(len(e.ids) for e in examples)
     ids = np.full((B, length), pad_id, np.int64)
     most = max(len(e.sentence_ends) for e in examples)
     ends = np.zeros((B, most), np.int64)
@@ -385,6 +398,8 @@ def collate(
     first = np.zeros(sum(counts), bool)
     first[np.cumsum([0, *counts[:-1]])] = True
     targets = np.concatenate([e.targets for e in examples]).astype(np.int64)
+    drawn = rng.integers(0, vocab_size, others)
+    candidates = np.unique(np.concatenate([ids.ravel(), targets[:, 1], drawn]))
     return Batch(
         ids=tensor(ids),
         positions=None if positions is None else tensor(positions),
@@ -392,6 +407,8 @@ def collate(
         target_rows=tensor(np.repeat(np.arange(B), counts)),
         target_columns=tensor(targets[:, 0]),
         target_ids=tensor(targets[:, 1]),
+        candidates=tensor(candidates),
+        target_candidates=tensor(np.searchsorted(candidates, targets[:, 1])),
         sources=tensor(np.concatenate([e.sources for e in examples]).astype(np.int64)),
         first=tensor(first),
         sentence_ends=tensor(ends),

@@ -1,0 +1,569 @@
+"""Train the bundled reader: python -m rag.bundled.train_reader --data DIR --out DIR --minutes N
+
+Stages, each going on from the one before: copying (a stretch said twice), reading short windows,
+then more and longer passages, then part of the prompts in the second layout. It keeps to its
+minutes, saves its state as it goes, and `--resume` goes on from there, draw for draw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from rag.bundled.reader_data import (
+    Collection,
+    Example,
+    ExampleMaker,
+    Paragraph,
+    Stage,
+    copying_example,
+    hold_out,
+    load_collection,
+    load_plain,
+    read_rows,
+)
+from rag.bundled.reader_model import PRESETS, Batch, Losses, Reader, collate
+from rag.bundled.reader_tokenizer import load_tokenizer, train_tokenizer
+from rag.bundled.reader_vectors import count_neighbours, factorise, spread
+from rag.language import Language
+
+# (share of the budget at which it ends, what its examples look like)
+PLAN: tuple[tuple[float, Stage], ...] = (
+    (0.45, Stage((1, 1), (1, 3), 0.10, (0.50, 0.20, 0.08, 0.22))),
+    (0.65, Stage((1, 2), (2, 4), 0.12, (0.55, 0.22, 0.05, 0.18))),
+    (0.85, Stage((2, 4), (2, 5), 0.15, (0.60, 0.22, 0.03, 0.15), blocks=0.1)),
+    (1.01, Stage((4, 4), (3, 12), 0.17, (0.62, 0.23, 0.02, 0.13), blocks=0.15)),
+)
+COPY_TOKENS = 48  # length of the stretch that is said twice
+COPY_LIMIT = 0.15  # most of the budget that copying may take
+COPIED = 0.97  # share of tokens copied right at which reading begins
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What one call of the program was asked for."""
+
+    data: Path
+    out: Path
+    work: Path
+    minutes: float
+    size: str
+    device: str
+    threads: int
+    tokens_per_step: int
+    muon_rate: float
+    adam_rate: float
+    seed: int
+    steps: int | None
+    megabytes: float
+    from_progress: float
+    limit: int | None
+
+
+# --- optimiser ----------------------------------------------------------------------------------
+
+
+def orthogonalise(matrices: Tensor, *, steps: int = 5) -> Tensor:
+    """The nearest orthogonal matrices, about: Newton-Schulz (Jordan et al., 2024, Muon).
+
+    matrices: (n, rows, columns). Returns the same shape, singular values between 0.7 and 1.2.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.transpose(1, 2)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.transpose(1, 2)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.transpose(1, 2) if tall else x
+
+
+class Optimiser:
+    """Muon for the layers' matrices, Adam for embeddings and vectors, masters in float32.
+
+    `average` is the exponential moving average of the weights, which is what gets exported.
+    """
+
+    def __init__(self, reader: Reader, *, muon_rate: float, adam_rate: float) -> None:
+        self.names = [name for name, _ in reader.named_parameters()]
+        self.parameters = [p for _, p in reader.named_parameters()]
+        self.masters = [p.detach().float().clone() for p in self.parameters]
+        self.average = [m.clone() for m in self.masters]
+        self.first = [torch.zeros_like(m) for m in self.masters]
+        self.second = [
+            torch.zeros(()) if self._by_muon(n) else torch.zeros_like(self.masters[n])
+            for n in range(len(self.names))
+        ]
+        self.rates = (muon_rate, adam_rate)
+        self.updates = 0
+
+    def _by_muon(self, n: int) -> bool:
+        return self.parameters[n].ndim == 2 and ".layers." in self.names[n]
+
+    @torch.no_grad()
+    def update(self, gradients: Sequence[Tensor], *, scale: float) -> float:
+        """One step with both rates times `scale`. Returns the gradients' norm before clipping."""
+        self.updates += 1
+        norm = float(torch.stack([g.norm() for g in gradients]).norm())
+        clip = min(1.0, 1.0 / (norm + 1e-6))
+        muon_rate, adam_rate = (rate * scale for rate in self.rates)
+        groups: dict[tuple[int, ...], list[int]] = {}
+        beta = min(0.95, 0.85 + self.updates / 3000)
+        for n, gradient in enumerate(gradients):
+            if self._by_muon(n):
+                self.first[n].lerp_(gradient, 1 - beta)
+                groups.setdefault(tuple(gradient.shape), []).append(n)
+                continue
+            gradient = gradient * clip
+            self.first[n].lerp_(gradient, 0.1)
+            self.second[n].lerp_(gradient.square(), 0.02)
+            corrected = self.second[n] / (1 - 0.98**self.updates)
+            step = self.first[n] / (1 - 0.9**self.updates) / (corrected.sqrt() + 1e-8)
+            # vectors (norms, the sentence head) move faster than the embeddings
+            self.masters[n].add_(step, alpha=-adam_rate * (1.0 if self.masters[n].ndim == 2 else 4.0))
+        for (rows, columns), members in groups.items():
+            stacked = torch.stack(
+                [gradients[n].lerp(self.first[n], beta) for n in members]
+            )
+            if stacked.is_cuda:
+                stacked = stacked.bfloat16()
+            step = orthogonalise(stacked).float()
+            for n, change in zip(members, step):
+                self.masters[n].mul_(1 - 0.02 * muon_rate)
+                self.masters[n].add_(change, alpha=-muon_rate * max(1.0, rows / columns) ** 0.5)
+        decay = min(0.998, (1 + self.updates) / (10 + self.updates))
+        for parameter, master, average in zip(self.parameters, self.masters, self.average):
+            parameter.copy_(master)
+            average.lerp_(master, 1 - decay)
+        return norm
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "names": self.names,
+            "masters": self.masters,
+            "average": self.average,
+            "first": self.first,
+            "second": self.second,
+            "updates": self.updates,
+        }
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        assert state["names"] == self.names, "the state belongs to another network"
+        for key in ("masters", "average", "first", "second"):
+            for mine, saved in zip(getattr(self, key), state[key]):
+                mine.copy_(saved)
+        self.updates = state["updates"]
+        for parameter, master in zip(self.parameters, self.masters):
+            parameter.copy_(master)
+
+
+class Workers:
+    """Forward and backward of several micro-batches at once, one processor core each.
+
+    Two threads that each work through a batch of their own don't wait for one another at every
+    operation, which on a machine that others use too is most of the time. The copies of the
+    network share their weights; gradients are summed.
+    """
+
+    def __init__(self, reader: Reader, count: int) -> None:
+        self.readers = [reader]
+        for _ in range(count - 1):
+            twin = Reader(reader.config).to(next(reader.parameters()))
+            for mine, shared in zip(twin.parameters(), reader.parameters()):
+                mine.data = shared.data
+            self.readers.append(twin)
+
+    def gradients(
+        self, batches: Sequence[Batch], *, pointer_weight: float, sentence_weight: float
+    ) -> tuple[list[Tensor], list[Losses]]:
+        """Mean gradients over `batches`, float32, and the losses of each."""
+        queue = list(enumerate(batches))
+        done: list[Losses | None] = [None] * len(batches)
+        failures: list[BaseException] = []
+        lock = threading.Lock()
+
+        def work(reader: Reader) -> None:
+            try:
+                while True:
+                    with lock:
+                        if not queue:
+                            return
+                        n, batch = queue.pop()
+                    losses = reader.losses(
+                        batch, pointer_weight=pointer_weight, sentence_weight=sentence_weight
+                    )
+                    (losses.total / len(batches)).backward()
+                    done[n] = replace(losses, total=losses.total.detach())
+            except BaseException as error:  # handed on to the caller below
+                failures.append(error)
+
+        for reader in self.readers:
+            reader.zero_grad(set_to_none=True)
+        threads = [threading.Thread(target=work, args=(r,)) for r in self.readers[1:]]
+        for thread in threads:
+            thread.start()
+        work(self.readers[0])
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+        gradients = []
+        for copies in zip(*(r.parameters() for r in self.readers)):
+            parts = [p.grad for p in copies if p.grad is not None]
+            gradient = torch.zeros_like(copies[0], dtype=torch.float32)
+            for part in parts:
+                gradient += part
+            gradients.append(gradient)
+        return gradients, [losses for losses in done if losses is not None]
+
+
+# --- what a run needs ---------------------------------------------------------------------------
+
+
+def tokenizer_texts(data: Path) -> Iterator[str]:
+    """The texts that tokenizer and word vectors are made from."""
+    for language in ("en", "zh"):
+        seen: set[str] = set()
+        for row in read_rows(data / f"reading_comprehension.{language}.jsonl.xz"):
+            if isinstance(row["answer"], str):
+                yield f"{row['question']} {row['answer']}"
+            if language == "zh" and row["context"] not in seen:
+                seen.add(row["context"])
+                yield row["context"]
+    # (source, million characters, most characters of one document)
+    for name, megabytes, cap in (
+        ("en.squad_train_articles", 20.0, 10**9),
+        ("en.lctt", 10.0, 20_000),
+        ("en.medquad", 5.0, 20_000),
+        ("en.python_docs", 1.5, 20_000),
+        ("en.classic_books", 6.0, 40_000),
+        ("zh.crud_news", 10.0, 20_000),
+        ("zh.laws", 3.0, 20_000),
+        ("zh.lctt", 4.0, 20_000),
+        ("zh.classical_modern", 3.0, 20_000),
+        ("zh.python_docs", 1.0, 20_000),
+    ):
+        path, held = data / f"text.{name}.jsonl.xz", 0
+        for row in read_rows(path) if path.exists() else ():
+            yield row["text"][:cap]
+            held += min(cap, len(row["text"]))
+            if held > megabytes * 1e6:
+                break
+
+
+def prepare_tokenizer(data: Path, work: Path, *, vocab_size: int) -> Tokenizer:
+    """The tokenizer in `work`, trained first where there is none."""
+    folder = work / "tokenizer"
+    if not (folder / "tokenizer.json").exists():
+        train_tokenizer(tokenizer_texts(data), vocab_size=vocab_size).save_pretrained(str(folder))
+    return load_tokenizer(folder).backend_tokenizer
+
+
+def prepare_vectors(
+    data: Path, work: Path, tokenizer: Tokenizer, *, dim: int, seed: int
+) -> NDArray[np.float32]:
+    """Word vectors (vocab_size, dim) for the embeddings to start from, made where there are none."""
+    path = work / f"vectors{dim}.npy"
+    if not path.exists():
+
+        def documents() -> Iterator[NDArray[np.int32]]:
+            for text in tokenizer_texts(data):
+                yield np.array(tokenizer.encode(text).ids, np.int32)
+
+        size = tokenizer.get_vocab_size()
+        vectors = factorise(count_neighbours(documents(), vocab_size=size), dim=dim, seed=seed)
+        scripts = [any("\u3400" <= c <= "\u9fff" for c in tokenizer.decode([n])) for n in range(size)]
+        np.save(path, spread(vectors, np.array(scripts, np.int64)))
+    return np.asarray(np.load(path), np.float32)
+
+
+def prepare_collections(
+    data: Path, work: Path, *, limit: int | None
+) -> dict[Language, tuple[Collection, Collection]]:
+    """By language, the questions to train on and those held back, kept in `work`."""
+    path = work / "collections.pickle"
+    if not path.exists():
+        languages: tuple[Language, ...] = ("en", "zh")
+        loaded = {name: hold_out(load_collection(data, name, limit=limit)) for name in languages}
+        path.write_bytes(pickle.dumps(loaded))
+    made: dict[Language, tuple[Collection, Collection]] = pickle.loads(path.read_bytes())
+    return made
+
+
+# --- the run ------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands; saved with the weights."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # of training, over all sittings
+    copied: bool = False
+    pool_state: Any = None  # the random generators' states before the pool was drawn
+    pool_stage: int = -1
+    pool_used: int = 0
+    history: tuple[tuple[float, ...], ...] = ()
+
+
+class Training:
+    """One run of the program: examples in, checkpoints out."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.config = PRESETS[options.size]
+        self.device = torch.device(options.device)
+        torch.manual_seed(options.seed)
+        options.work.mkdir(parents=True, exist_ok=True)
+        self.tokenizer = prepare_tokenizer(
+            options.data, options.work, vocab_size=self.config.vocab_size
+        )
+        self.config = replace(self.config, vocab_size=self.tokenizer.get_vocab_size())
+        vectors = prepare_vectors(
+            options.data, options.work, self.tokenizer, dim=self.config.hidden_size, seed=0
+        )
+        collections = prepare_collections(options.data, options.work, limit=options.limit)
+        self.held = {language: pair[1] for language, pair in collections.items()}
+        self.rng = random.Random(options.seed)
+        self.numpy_rng = np.random.default_rng(options.seed)
+        languages: tuple[Language, ...] = ("en", "zh")
+        self.plain = {
+            name: load_plain(options.data, name, megabytes=options.megabytes, seed=1)
+            for name in languages
+        }
+        self.maker = ExampleMaker(
+            self.tokenizer,
+            {language: pair[0] for language, pair in collections.items()},
+            self.plain,
+            rng=self.rng,
+        )
+        self.reader = Reader(self.config)
+        self.reader.reset(vectors)
+        self.reader.to(self.device, torch.bfloat16)
+        self.optimiser = Optimiser(
+            self.reader, muon_rate=options.muon_rate, adam_rate=options.adam_rate
+        )
+        self.workers = Workers(self.reader, options.threads if options.device == "cpu" else 1)
+        self.progress = Progress()
+        self.pool: list[list[Example]] = []
+
+    # examples
+
+    def _fill_pool(self, stage: int) -> None:
+        """Draw the examples of the next steps and cut them into micro-batches of like length."""
+        self.progress.pool_state = (self.rng.getstate(), self.numpy_rng.bit_generator.state)
+        self.progress.pool_stage = stage
+        self.progress.pool_used = 0
+        micro = self.options.tokens_per_step // len(self.workers.readers)
+        wanted = micro * len(self.workers.readers) * 8
+        examples: list[Example] = []
+        held = 0
+        while held < wanted:
+            if stage < 0:
+                example = self._copying()
+            else:
+                example = self.maker.draw(PLAN[stage][1])
+            examples.append(example)
+            held += len(example.ids)
+        examples.sort(key=lambda e: len(e.ids))
+        batches: list[list[Example]] = [[]]
+        for example in examples:
+            if (len(batches[-1]) + 1) * len(example.ids) > micro and batches[-1]:
+                batches.append([])
+            batches[-1].append(example)
+        self.rng.shuffle(batches)
+        self.pool = batches
+
+    def _copying(self) -> Example:
+        language: Language = "zh" if self.rng.random() < 0.4 else "en"
+        document = self.rng.choice(self.plain[language])
+        ids = np.array(self.tokenizer.encode(self.rng.choice(document).text).ids, np.int32)
+        length = self.rng.randint(COPY_TOKENS // 3, COPY_TOKENS)
+        return copying_example(self.rng, ids, vocab_size=self.config.vocab_size, length=length)
+
+    def _next_batches(self, stage: int) -> list[Batch]:
+        if stage != self.progress.pool_stage or self.progress.pool_used >= len(self.pool):
+            self._fill_pool(stage)
+        first = self.progress.pool_used
+        taken = self.pool[first : first + len(self.workers.readers)]
+        self.progress.pool_used = first + len(taken)
+        return [
+            collate(
+                examples,
+                device=self.device,
+                rng=self.numpy_rng,
+                vocab_size=self.config.vocab_size,
+            )
+            for examples in taken
+        ]
+
+    # state
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.options.work / "checkpoint.pt"
+
+    def save(self) -> None:
+        """Everything `--resume` needs, in one file that is replaced whole."""
+        state = {
+            "optimiser": self.optimiser.state(),
+            "progress": {name: getattr(self.progress, name) for name in Progress.__slots__},
+            "rng": self.rng.getstate(),
+            "numpy_rng": self.numpy_rng.bit_generator.state,
+            "size": self.options.size,
+        }
+        part = self.checkpoint.with_suffix(".part")
+        torch.save(state, part)
+        os.replace(part, self.checkpoint)
+
+    def resume(self) -> None:
+        """Go on from the checkpoint in `work`, with the examples that were next."""
+        state = torch.load(self.checkpoint, weights_only=False, map_location=self.device)
+        self.optimiser.load(state["optimiser"])
+        self.progress = Progress(**state["progress"])
+        if self.progress.pool_state is not None:
+            # draw the pool again as it was, then set the generators to where they stood
+            used = self.progress.pool_used
+            self.rng.setstate(self.progress.pool_state[0])
+            self.numpy_rng.bit_generator.state = self.progress.pool_state[1]
+            self._fill_pool(self.progress.pool_stage)
+            self.progress.pool_used = used
+        self.rng.setstate(state["rng"])
+        self.numpy_rng.bit_generator.state = state["numpy_rng"]
+
+    # steps
+
+    def run(self) -> None:
+        """Train until the minutes (or steps) are used up, then save."""
+        options, progress = self.options, self.progress
+        began, before = time.monotonic(), progress.seconds
+        total = before + options.minutes * 60
+        saved = shown = began
+        stopping: list[int] = []
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda signum, frame: stopping.append(signum))
+        recent: list[tuple[float, ...]] = []
+        while not stopping:
+            now = time.monotonic()
+            progress.seconds = before + now - began
+            if options.steps is not None:
+                done = progress.step / options.steps
+            else:
+                # a later sitting goes on in the plan at `from_progress`
+                done = options.from_progress + (1 - options.from_progress) * (
+                    (now - began) / (options.minutes * 60)
+                )
+            if done >= 1:
+                break
+            if not progress.copied and done > COPY_LIMIT:
+                progress.copied = True
+            stage = next(n for n, (end, _) in enumerate(PLAN) if done < end) if progress.copied else -1
+            # rates: up over 50 steps, level, then down to zero over the last half
+            warm = min(1.0, (self.optimiser.updates + 1) / 50)
+            scale = warm * min(1.0, (1 - done) / 0.5)
+            batches = self._next_batches(stage)
+            gradients, losses = self.workers.gradients(
+                batches, pointer_weight=0.5, sentence_weight=0.3
+            )
+            norm = self.optimiser.update(gradients, scale=scale)
+            progress.step += 1
+            progress.tokens += sum(b.tokens for b in batches)
+            means = [
+                float(sum(float(getattr(item, name)) for item in losses) / len(losses))
+                for name in ("answer", "pointer", "sentence", "exact", "exact_first")
+            ]
+            recent.append((*means, norm))
+            if stage < 0 and len(recent) >= 10:
+                progress.copied = float(np.mean([r[3] for r in recent[-10:]])) > COPIED
+            if now - shown >= 15 or options.steps is not None:
+                average = np.mean(recent, 0)
+                progress.history += (
+                    (progress.step, progress.tokens, progress.seconds, stage, *map(float, average)),
+                )
+                speed = progress.tokens / max(1e-6, progress.seconds)
+                print(
+                    f"step {progress.step} stage {stage} answer {average[0]:.3f} "
+                    f"pointer {average[1]:.3f} sentence {average[2]:.3f} exact {average[3]:.3f} "
+                    f"first {average[4]:.3f} norm {average[5]:.2f} rate {scale:.2f} "
+                    f"{progress.tokens / 1e6:.2f}M tokens {speed:.0f}/s "
+                    f"left {(total - progress.seconds) / 60:.1f} min",
+                    flush=True,
+                )
+                recent, shown = [], now
+            if now - saved >= 180:
+                self.save()
+                saved = now
+        progress.seconds = before + time.monotonic() - began
+        self.save()
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> tuple[Options, bool]:
+    """The options of the command line, and whether to resume."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rag.bundled.train_reader",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of the training data")
+    parser.add_argument("--out", type=Path, required=True, help="folder the reader is written to")
+    parser.add_argument("--work", type=Path, help="folder of the checkpoint (OUT/work if not given)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="wall-clock budget of training")
+    parser.add_argument("--size", choices=sorted(PRESETS), default="small", help="size of the network")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="cores to use")
+    parser.add_argument("--tokens-per-step", type=int, default=8192)
+    parser.add_argument("--muon-rate", type=float, default=0.02, help="for the layers' matrices")
+    parser.add_argument("--adam-rate", type=float, default=5e-4, help="for embeddings and vectors")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="stop after so many steps instead of minutes")
+    parser.add_argument("--megabytes", type=float, default=12.0, help="plain text held, a language")
+    parser.add_argument(
+        "--from-progress", type=float, default=0.0, help="where in the plan this sitting begins, 0..1"
+    )
+    parser.add_argument("--limit", type=int, help="use so many questions of each language only")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    chosen = parser.parse_args(arguments)
+    values = vars(chosen)
+    resume = bool(values.pop("resume"))
+    values["work"] = values["work"] or values["out"] / "work"
+    return Options(**values), resume
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit code."""
+    options, resume = parse_options(arguments)
+    if options.device == "cpu":
+        torch.set_num_threads(1)  # each worker has one core
+    training = Training(options)
+    if resume:
+        training.resume()
+    sizes = sum(p.numel() for p in training.reader.parameters())
+    print(json.dumps({"parameters": sizes, "resumed_at": training.progress.step}), flush=True)
+    training.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

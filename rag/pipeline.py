@@ -1,0 +1,296 @@
+"""The whole of it: a question in, an answer with its evidence out."""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+import time
+from collections.abc import Generator as PyGenerator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rag.answer import Answer, Citation, GenerationStats, Hit
+from rag.citations import CheckedText, check_citations, is_refusal, strip_markers
+from rag.confidence import Calibration
+from rag.embedder import Embedder, load_embedder
+from rag.errors import InputError
+from rag.evidence import RankedEvidence, rank_sentences, support_features, support_probability
+from rag.followup import search_question
+from rag.knowledge import KnowledgeBase
+from rag.language import REFUSAL
+from rag.prompt import Prompt, build_prompt
+from rag.retriever import Retrieval, Retriever
+from rag.settings import Settings
+
+if TYPE_CHECKING:
+    from rag.generator import GenerationResult, Generator
+
+History = Sequence[tuple[str, str]]
+_SECOND_QUOTE = 1.2  # a second sentence is quoted where its score is this near to the best
+_BATCH = 32  # questions whose prompts are given to the engine together
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """All that is known before the model writes."""
+
+    question: str
+    retrieval: Retrieval
+    evidence: RankedEvidence
+    support: float
+    refuse: bool
+    seconds_retrieval: float
+    began: float
+
+
+class Rag:
+    """A knowledge base with its models. `Rag.open(".kb")`, then `ask`.
+
+    The embedder is loaded at once, the generator with the first answer (`retrieve` never needs it).
+    Safe to share between threads.
+    """
+
+    def __init__(self, base: KnowledgeBase, embedder: Embedder, settings: Settings) -> None:
+        self.base = base
+        self.embedder = embedder
+        self.settings = settings
+        self.retriever = Retriever(base, embedder)
+        self._generator: Generator | None = None
+        self._calibration: Calibration | None = None
+        self._loading = threading.Lock()
+
+    @classmethod
+    def open(
+        cls, kb: str | Path | None = None, settings: Settings | None = None, **overrides: Any
+    ) -> Rag:
+        """Open a knowledge base. `overrides` are settings by name, as in `Rag.open(top_k=6)`.
+
+        Raises KnowledgeBaseError where there is none or another embedder built it.
+        """
+        if settings is not None and overrides:
+            raise InputError("give either `settings` or single settings by name, not both.")
+        chosen = settings or Settings.load(**overrides)
+        if kb is not None:
+            chosen = replace(chosen, kb=str(kb))
+        base = KnowledgeBase.open(chosen.kb)
+        return cls(base, load_embedder(chosen.embedder, device=chosen.device), chosen)
+
+    @property
+    def generator(self) -> Generator:
+        """The language model, loaded at first use."""
+        with self._loading:
+            if self._generator is None:
+                from rag.generator import load_generator  # imports torch, which takes seconds
+
+                self._generator = load_generator(self.settings)
+                self._calibration = Calibration.read(self.settings.generator)
+            return self._generator
+
+    def use_generator(self, generator: Generator, calibration: Calibration | None = None) -> None:
+        """Answer with a model that is loaded already."""
+        with self._loading:
+            self._generator = generator
+            self._calibration = calibration
+
+    def retrieve(self, question: str, k: int | None = None) -> list[Hit]:
+        """Up to k passages, best first (settings' top_k without k)."""
+        return self.retriever.retrieve(question, k or self.settings.top_k)
+
+    def ask(self, question: str, *, history: History = ()) -> Answer:
+        """Answer one question. `history` holds earlier (question, answer) pairs, oldest first."""
+        stream = self.stream(question, history=history)
+        while True:
+            try:
+                next(stream)
+            except StopIteration as end:
+                answer: Answer = end.value
+                return answer
+
+    def stream(
+        self, question: str, *, history: History = (), retrieval: Retrieval | None = None
+    ) -> PyGenerator[str | Answer, None, Answer]:
+        """Yield pieces of text as they are written, and last the Answer (also the return value).
+
+        The Answer's text is the one that counts: markers that don't hold have been set right in it.
+        Where a model's confidence decides whether its words are shown at all, they come in one piece.
+        """
+        plan = self._plan(question, history, retrieval)
+        if plan.refuse:
+            answer = self._refusal(plan)
+            yield answer.text
+            yield answer
+            return answer
+        prompt = self._prompt(plan, history)
+        writing = self.generator.stream(
+            prompt, max_new_tokens=self.settings.max_new_tokens, sampling=self._sampling()
+        )
+        held_back = self._calibration is not None
+        pieces: list[str] = []
+        while True:
+            try:
+                piece = next(writing)
+            except StopIteration as end:
+                result: GenerationResult = end.value
+                break
+            pieces.append(piece)
+            if not held_back:
+                yield piece
+        answer = self._compose(plan, prompt, result)
+        if held_back:
+            yield answer.text
+        yield answer
+        return answer
+
+    def batch(self, questions: Sequence[str]) -> list[Answer]:
+        """Answers in the order of the questions, searched and generated together."""
+        answers: list[Answer] = []
+        for begin in range(0, len(questions), _BATCH):
+            answers += self._batch(questions[begin : begin + _BATCH])
+        return answers
+
+    def _batch(self, questions: Sequence[str]) -> list[Answer]:
+        began = time.perf_counter()
+        found = self.retriever.search_batch(questions, self.settings.top_k)
+        share = (time.perf_counter() - began) / max(1, len(questions))
+        plans = [
+            replace(self._assess(question, retrieval, began), seconds_retrieval=share)
+            for question, retrieval in zip(questions, found, strict=True)
+        ]
+        answers = {at: self._refusal(plan) for at, plan in enumerate(plans) if plan.refuse}
+        asked = [(at, plan, self._prompt(plan, ())) for at, plan in enumerate(plans) if not plan.refuse]
+        if asked:
+            results = self.generator.generate_batch(
+                [prompt for _, _, prompt in asked], max_new_tokens=self.settings.max_new_tokens,
+                sampling=self._sampling(),
+            )
+            for (at, plan, prompt), result in zip(asked, results, strict=True):
+                answers[at] = self._compose(plan, prompt, result)
+        return [answers[at] for at in range(len(plans))]
+
+    # before the model writes
+
+    def _plan(self, question: str, history: History, retrieval: Retrieval | None) -> _Plan:
+        if not question.strip():
+            raise InputError("the question is empty.")
+        began = time.perf_counter()
+        if retrieval is None:
+            searched = search_question(question, history)
+            retrieval = self.retriever.search_batch([searched], self.settings.top_k)[0]
+        return self._assess(question, retrieval, began)
+
+    def _assess(self, question: str, retrieval: Retrieval, began: float) -> _Plan:
+        """Find the sentences that answer, and whether anything does."""
+        weighed = retrieval.weighed
+        evidence = rank_sentences(
+            weighed.text, weighed.terms, weighed.weights, retrieval.hits, self.embedder,
+            language=weighed.language,
+        )
+        support, threshold = 0.0, 1.0
+        if evidence.sentences:
+            features = support_features(
+                weighed.text, weighed.terms, weighed.weights, sentence=evidence.best_features,
+                hit=retrieval.best_match, unknown_terms=weighed.unknown_terms,
+            )
+            support, threshold = support_probability(features, weighed.language)
+        return _Plan(
+            question=question, retrieval=retrieval, evidence=evidence, support=support,
+            refuse=support < threshold, seconds_retrieval=time.perf_counter() - began, began=began,
+        )
+
+    def _prompt(self, plan: _Plan, history: History) -> Prompt:
+        generator = self.generator
+        room = generator.context_length - self.settings.max_new_tokens
+        if room < 1:
+            raise InputError(
+                f"max_new_tokens is {self.settings.max_new_tokens}, but {self.settings.generator!r} has a "
+                f"context of {generator.context_length} tokens. Lower max_new_tokens."
+            )
+        layout = "reader" if generator.layout == "reader" else "chat"
+        question = plan.retrieval.weighed.text if layout == "reader" else plan.question
+        return build_prompt(
+            question, plan.retrieval.hits, history=history, layout=layout,
+            budget=min(self.settings.max_prompt_tokens, room), count_tokens=generator.count_tokens,
+        )
+
+    def _sampling(self) -> Any:
+        from rag.engine import Sampling
+
+        chosen = self.settings
+        return Sampling(
+            temperature=chosen.temperature, top_k=chosen.sampling_top_k, top_p=chosen.top_p,
+            repetition_penalty=chosen.repetition_penalty, seed=chosen.seed,
+        )
+
+    # after it
+
+    def _refusal(self, plan: _Plan, stats: GenerationStats | None = None) -> Answer:
+        return Answer(
+            question=plan.question, text=REFUSAL[plan.retrieval.weighed.language], kind="refused",
+            hits=plan.retrieval.hits, confidence=plan.support,
+            stats=stats or GenerationStats(
+                seconds_retrieval=plan.seconds_retrieval,
+                seconds_total=time.perf_counter() - plan.began,
+            ),
+        )
+
+    def _compose(self, plan: _Plan, prompt: Prompt, result: GenerationResult) -> Answer:
+        """The answer that is shown: the model's, a quotation in its place, or a refusal."""
+        stats = self._stats(plan, result)
+        calibration = self._calibration
+        if calibration is None:
+            if is_refusal(result.text):
+                return self._refusal(plan, stats)
+            confidence = plan.support
+        else:
+            confidence = calibration.confidence(result.token_logprobs, plan.support)
+            if is_refusal(result.text) or not strip_markers(result.text):
+                confidence = 0.0
+            if confidence < calibration.threshold:
+                return self._quotation(plan, stats)
+        checked = check_citations(result.text, prompt.hits, page_at=self._page_at)
+        if calibration is not None and not checked.citations:
+            return self._quotation(plan, stats)
+        return Answer(
+            question=plan.question, text=checked.text, kind="generated",
+            citations=checked.citations, hits=prompt.hits, unsupported=checked.unsupported,
+            confidence=confidence, stats=stats,
+        )
+
+    def _quotation(self, plan: _Plan, stats: GenerationStats) -> Answer:
+        """The best-supported sentence, and the next one of the ranking where it is as good."""
+        best = plan.evidence.sentences[0]
+        chosen = [
+            sentence for sentence in plan.evidence.sentences[:2]
+            if sentence is best or best.score - sentence.score < _SECOND_QUOTE
+        ]
+        citations = tuple(
+            Citation(
+                marker=item.hit_number, path=plan.retrieval.hits[item.hit_number - 1].chunk.path,
+                page=self._page_at(plan.retrieval.hits[item.hit_number - 1].chunk.path, item.start),
+                start=item.start, end=item.end, quote=item.text,
+            )
+            for item in chosen
+        )
+        text = "\n".join(f"{re.sub(r'\\s+', ' ', item.text)} [{item.hit_number}]" for item in chosen)
+        return Answer(
+            question=plan.question, text=text, kind="quoted", citations=citations,
+            hits=plan.retrieval.hits, confidence=plan.support, stats=stats,
+        )
+
+    def _stats(self, plan: _Plan, result: GenerationResult) -> GenerationStats:
+        generator = self.generator
+        return GenerationStats(
+            prompt_tokens=result.prompt_tokens, reused_tokens=result.reused_tokens,
+            new_tokens=result.new_tokens, seconds_to_first_token=result.seconds_to_first_token,
+            tokens_per_second=result.tokens_per_second, seconds_retrieval=plan.seconds_retrieval,
+            seconds_total=time.perf_counter() - plan.began, device=generator.device,
+            dtype=generator.dtype, generator=generator.name, finish_reason=result.finish_reason,
+        )
+
+    def _page_at(self, path: str, offset: int) -> int | None:
+        return self.base.page_at(path, offset)
