@@ -195,8 +195,8 @@ def plan_memory(
     device: torch.device,
     free: int,
 ) -> MemoryPlan:
-    """How many tokens of cache fit beside the weights: at least `needed_tokens`, and up to 16 times
-    as many where that takes no more than half of what is left.
+    """How many tokens of cache fit beside the weights: at least `needed_tokens`, and up to 32 times
+    as many where that takes no more than a quarter of what is left.
 
     Raises GeneratorError with the numbers where not even the needed ones fit.
     """
@@ -204,14 +204,15 @@ def plan_memory(
     left = free - weight_bytes - WORKSPACE_BYTES
     if left < needed_tokens * bytes_per_token:
         gib = 2**30
-        need = weight_bytes + WORKSPACE_BYTES + needed_tokens * bytes_per_token
+        cache_bytes = needed_tokens * bytes_per_token
+        need = weight_bytes + WORKSPACE_BYTES + cache_bytes
         raise GeneratorError(
             f"{name} does not fit on {device}: weights {weight_bytes / gib:.2f} GiB "
-            f"({str(dtype).removeprefix('torch.')}), cache "
-            f"{needed_tokens * bytes_per_token / gib:.2f} GiB for {needed_tokens} tokens, workspace {WORKSPACE_BYTES / gib:.2f} GiB: "
-            f"{need / gib:.2f} GiB needed, {free / gib:.2f} GiB free. Choose a smaller model, a "
-            "smaller dtype, a smaller max_prompt_tokens, or free memory."
+            f"({str(dtype).removeprefix('torch.')}), cache {cache_bytes / gib:.2f} GiB for "
+            f"{needed_tokens} tokens, workspace {WORKSPACE_BYTES / gib:.2f} GiB: {need / gib:.2f} GiB "
+            f"needed, {free / gib:.2f} GiB free. Choose a smaller model, a smaller dtype, a smaller "
+            "max_prompt_tokens, or free memory."
         )
-    comfortable = int(left * 0.5) // max(1, bytes_per_token)
-    kv_tokens = max(needed_tokens, min(16 * needed_tokens, comfortable))
+    comfortable = left // 4 // max(1, bytes_per_token)
+    kv_tokens = max(needed_tokens, min(32 * needed_tokens, comfortable))
     return MemoryPlan(weight_bytes, bytes_per_token, free, kv_tokens)
