@@ -1,0 +1,238 @@
+"""PDF: text with its geometry from pdfium, lines joined to paragraphs, page by page.
+
+What stands where comes from pdfium's character boxes (`_read_page`); what belongs together is
+decided in ingest/layout.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ingest.builder import clean_line
+from ingest.layout import Line, PageText, Outline, lay_out
+from rag.document import Document
+from rag.errors import LoadError
+
+_MIN_VISIBLE = 8  # fewer characters on a page with a big picture: the page is a scan
+_SCAN_SHARE = 0.45  # of the page's area, for a picture to count as the scan of it
+_GARBLED_SHARE = 0.2  # of a page's characters that mean nothing, for the page to be reported
+# pdfium writes this in place of a hyphen at a line's end, and no line break behind it
+_HYPHEN = "\ufffe"
+_LINE = re.compile(rf"([^\n{_HYPHEN}]*)([\n{_HYPHEN}]|$)")
+_SPACES = str.maketrans({"\xa0": " ", "\u2002": " ", "\u2003": " ", "\t": " ", "\x02": _HYPHEN})
+_MEANINGLESS = re.compile(r"[\ufffd\ue000-\uf8ff\x00-\x08\x0b\x0e-\x1f\x7f-\x9f]")
+_BAD_TITLE = re.compile(
+    r"(?i)^(?:microsoft word|untitled|无标题|未命名|document\d*|slide 1|powerpoint)\b"
+    r"|\.(?:docx?|pptx?|xlsx?|tex|dvi|indd|qxd|html?|pdf|wps)$|^[\W\d_]*$"
+)
+
+
+class PdfLoader:
+    """.pdf files. Pages are 1-based in the order of the file."""
+
+    media_type = "pdf"
+    suffixes: tuple[str, ...] = (".pdf",)
+    version = 1
+
+    def load(self, file: Path, path: str) -> Document:
+        import pypdfium2 as pdfium
+
+        if file.stat().st_size == 0:
+            return Document(path, "", self.media_type, warnings=("the file is empty",))
+        try:
+            pdf = pdfium.PdfDocument(file)
+        except pdfium.PdfiumError as error:
+            raise LoadError(_explain(str(error))) from error
+        try:
+            return self._read(pdf, path)
+        finally:
+            pdf.close()
+
+    def _read(self, pdf: Any, path: str) -> Document:
+        import pypdfium2.raw as raw
+
+        pages: list[PageText] = []
+        health = _Health()
+        for index in range(len(pdf)):
+            pages.append(_read_page(pdf, index, health))
+        if health.unreadable == len(pages):
+            raise LoadError(f"none of its {len(pages)} pages can be read; the file is damaged.")
+        title = clean_line(pdf.get_metadata_value("Title"))
+        outline = tuple(_read_outline(pdf))
+        document = lay_out(pages, path, self.media_type, title="" if _BAD_TITLE.search(title) else title,
+                           outline=outline)
+        warnings = health.describe(len(pages))
+        if raw.FPDF_GetSecurityHandlerRevision(pdf) >= 0:
+            warnings.append("encrypted, but its text can be read without a password")
+        from dataclasses import replace
+
+        return replace(document, warnings=tuple(warnings) + document.warnings)
+
+
+def _explain(message: str) -> str:
+    lowered = message.lower()
+    if "password" in lowered:
+        return "password-protected. Save it without a password and ingest it again."
+    if "security" in lowered:
+        return "encrypted in a way that can't be opened here. Save it without protection."
+    return f"this is not a PDF, or it is damaged ({message.rstrip('.')})."
+
+
+class _Health:
+    """What is wrong with which pages (1-based)."""
+
+    def __init__(self) -> None:
+        self.empty: list[int] = []
+        self.scanned: list[int] = []
+        self.garbled: list[int] = []
+        self.broken: list[int] = []
+
+    @property
+    def unreadable(self) -> int:
+        return len(self.broken)
+
+    def describe(self, total: int) -> list[str]:
+        said = [
+            (self.scanned, "scanned, a picture without text; OCR would be needed"),
+            (self.garbled, "garbled: the fonts don't say which characters they show"),
+            (self.broken, "damaged and left out"),
+            (self.empty, "empty"),
+        ]
+        return [
+            f"{len(pages)} of {total} pages {'is' if len(pages) == 1 else 'are'} {what} "
+            f"({_ranges(pages)})"
+            for pages, what in said
+            if pages
+        ]
+
+
+def _ranges(pages: list[int]) -> str:
+    """[1, 2, 3, 7] -> "page 1-3, 7"."""
+    runs: list[list[int]] = []
+    for page in pages:
+        if runs and runs[-1][1] == page - 1:
+            runs[-1][1] = page
+        else:
+            runs.append([page, page])
+    shown = [f"{a}-{b}" if a != b else str(a) for a, b in runs[:12]]
+    return "page " + ", ".join(shown) + (", ..." if len(runs) > 12 else "")
+
+
+def _read_page(pdf: Any, index: int, health: _Health) -> PageText:
+    import pypdfium2 as pdfium
+
+    number = index + 1
+    try:
+        page = pdf[index]
+        textpage = page.get_textpage()
+    except pdfium.PdfiumError:
+        health.broken.append(number)
+        return PageText(number, 0.0, 0.0, [])
+    try:
+        width, height = page.get_size()
+        lines = list(_read_lines(textpage))
+        visible = sum(len(line.text.replace(" ", "")) for line in lines)
+        if visible < _MIN_VISIBLE and _picture_share(page, width * height) >= _SCAN_SHARE:
+            health.scanned.append(number)
+        elif not visible:
+            health.empty.append(number)
+        else:
+            meaningless = sum(len(_MEANINGLESS.findall(line.text)) for line in lines)
+            if meaningless >= _GARBLED_SHARE * visible:
+                health.garbled.append(number)
+        return PageText(number, width, height, lines)
+    finally:
+        textpage.close()
+        page.close()
+
+
+def _picture_share(page: Any, area: float) -> float:
+    """The share of the page that pictures cover (overlaps counted twice, which does no harm)."""
+    import pypdfium2.raw as raw
+
+    covered = 0.0
+    for picture in page.get_objects(filter=[raw.FPDF_PAGEOBJ_IMAGE], max_depth=3):
+        left, bottom, right, top = picture.get_bounds()
+        covered += max(0.0, right - left) * max(0.0, top - bottom)
+    return covered / area if area else 0.0
+
+
+def _read_lines(textpage: Any) -> Iterator[Line]:
+    """The page's lines as pdfium orders them, each with the box around it, in points."""
+    import ctypes
+
+    import pypdfium2.raw as raw
+
+    text, indices = _read_characters(textpage)
+    box = raw.FS_RECTF()
+    left, right, bottom, top = (ctypes.c_double() for _ in range(4))
+    for match in _LINE.finditer(text):
+        start, part = match.start(), match[1]
+        stripped = part.strip()
+        if not stripped:
+            continue
+        first = start + len(part) - len(part.lstrip())
+        last = first + len(stripped) - 1
+        first, last = (indices[first], indices[last]) if indices else (first, last)
+        raw.FPDFText_GetLooseCharBox(textpage, first, box)
+        x0, y1, y0 = box.left, box.top, box.bottom
+        raw.FPDFText_GetCharBox(textpage, last, left, right, bottom, top)
+        x1 = right.value
+        weight = raw.FPDFText_GetFontWeight(textpage, first)
+        yield Line(
+            stripped, x0, max(x0, x1), y0, y1,
+            is_bold=weight >= 600, is_hyphenated=match[2] == _HYPHEN,
+        )
+
+
+def _read_characters(textpage: Any) -> tuple[str, list[int]]:
+    """The page's text with \\n at line ends, and each character's index in pdfium.
+
+    The list is empty where the two are equal, which they nearly always are.
+    """
+    import pypdfium2.raw as raw
+
+    count = textpage.count_chars()
+    text = textpage.get_text_range() if count else ""
+    if len(text) == count:
+        return _plain(text).replace("\r", " "), []
+    # Characters beyond 16 bits, or ones without a code: read one at a time.
+    characters: list[str] = []
+    indices: list[int] = []
+    high = 0
+    for index in range(count):
+        code = raw.FPDFText_GetUnicode(textpage, index)
+        if 0xD800 <= code < 0xDC00:
+            high = code
+            continue
+        if 0xDC00 <= code < 0xE000:
+            code = 0x10000 + ((high - 0xD800) << 10) + (code - 0xDC00) if high else 0xFFFD
+        high = 0
+        characters.append(chr(code) if 0 < code < 0x110000 else "\ufffd")
+        indices.append(index)
+    return _plain("".join(characters)).replace("\r", " "), indices
+
+
+def _plain(text: str) -> str:
+    """Spaces of any width as a space, character for character; a form's \x02 is a hyphen too."""
+    return text.translate(_SPACES)
+
+
+def _read_outline(pdf: Any) -> Iterator[Outline]:
+    """The bookmarks of the file: level, title, page. Loops and depth are bounded by pdfium2."""
+    import pypdfium2 as pdfium
+
+    try:
+        for count, bookmark in enumerate(pdf.get_toc(max_depth=6)):
+            if count >= 20_000:
+                return
+            destination = bookmark.get_dest()
+            page = destination.get_index() if destination is not None else None
+            title = clean_line(bookmark.get_title() or "")
+            if page is not None and title:
+                yield Outline(bookmark.level + 1, title, page + 1)
+    except pdfium.PdfiumError:
+        return

@@ -1,0 +1,134 @@
+"""Headings of texts that mark them only by their wording: statutes, numbered chapters.
+
+    第一编 总则 / 第一分编 / 第一章 / 第一节 / 第一条        Part I, Chapter 3, Section 2, Article 5
+
+A table of contents has the same lines with nothing between them. Of such a run only its tail can be
+real headings, and only as far as each one is deeper than the one before it.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from dataclasses import dataclass
+
+from rag.document import Heading
+
+_NUMBER = r"[ \u3000]?[零〇一二三四五六七八九十百千万两\d０-９]{1,9}[ \u3000]?"
+_CHINESE = re.compile(
+    rf"[ \t\u3000]*(?P<number>第{_NUMBER}(?P<kind>分编|编|部分|章|节|条)(?:之{_NUMBER})?)"
+    r"(?P<gap>[ \t\u3000\u2002\u2003]*)(?P<rest>[^\n]*)"
+)
+_CHINESE_LEVEL = {"编": 1, "部分": 1, "分编": 2, "章": 3, "节": 4, "条": 5}
+_ENGLISH = re.compile(
+    r"[ \t]*(?P<kind>PART|BOOK|CHAPTER|SECTION|ARTICLE|Part|Book|Chapter|Section|Article)"
+    r"[ \t]+(?P<number>[IVXLC]+|\d+)(?P<rest>[.:—– \t][^\n]*)?$"
+)
+_ENGLISH_LEVEL = {"part": 1, "book": 1, "chapter": 3, "section": 4, "article": 5}
+_MAX_TITLE = 60  # characters of a chapter's title; a longer line is a sentence
+_PUNCTUATION = re.compile(r"[。；，;,]|\.{4,}|…")  # dots lead to a page number in a contents list
+_SPACES = re.compile(r"[ \u3000]")
+_ARTICLE_LEVEL = 5
+_MIN_HEADINGS = 3  # fewer lines that look like headings are taken for chance
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    level: int
+    title: str
+    start: int
+    end: int  # of the heading itself: an article's text goes on behind it
+
+
+def find_numbered_headings(text: str) -> list[Heading]:
+    """The headings of a text that counts its parts, chapters, sections or articles."""
+    candidates = list(_candidates(text))
+    if len(candidates) < _MIN_HEADINGS:
+        return []
+    kept: list[Heading] = []
+    run: list[_Candidate] = []
+    for index, candidate in enumerate(candidates):
+        run.append(candidate)
+        is_last = index + 1 == len(candidates)
+        following = len(text) if is_last else candidates[index + 1].start
+        if text[candidate.end : following].strip() or is_last:
+            kept += [Heading(c.level, c.title, c.start) for c in _descending_tail(run)]
+            run = []
+    levels = sorted({heading.level for heading in kept})
+    return [
+        Heading(levels.index(heading.level) + 1, heading.title, heading.start) for heading in kept
+    ]
+
+
+def add_articles(headings: list[Heading], text: str) -> list[Heading]:
+    """The headings a file itself names, with the articles (第…条) below them as the lowest level."""
+    candidates = [c for c in _candidates(text) if c.level == _ARTICLE_LEVEL]
+    if len(candidates) < _MIN_HEADINGS:
+        return headings
+    level = max((heading.level for heading in headings), default=0) + 1
+    taken = [heading.start for heading in headings]
+    articles = [
+        Heading(level, candidate.title, candidate.start)
+        for candidate in candidates
+        if not any(start <= candidate.start < start + 8 for start in _near(taken, candidate.start))
+    ]
+    return sorted([*headings, *articles], key=lambda heading: heading.start)
+
+
+def _near(starts: list[int], offset: int) -> list[int]:
+    """The last of the sorted starts that is not behind `offset`."""
+    index = bisect_right(starts, offset) - 1
+    return starts[index : index + 1] if index >= 0 else []
+
+
+def _descending_tail(run: list[_Candidate]) -> list[_Candidate]:
+    tail = [run[-1]]
+    for candidate in reversed(run[:-1]):
+        if candidate.level >= tail[0].level:
+            break
+        tail.insert(0, candidate)
+    return tail
+
+
+def _candidates(text: str) -> list[_Candidate]:
+    found: list[_Candidate] = []
+    start = 0
+    for line in text.split("\n"):
+        candidate = _read_line(line, start)
+        if candidate is not None:
+            found.append(candidate)
+        start += len(line) + 1
+    return found
+
+
+def _read_line(line: str, start: int) -> _Candidate | None:
+    if match := _CHINESE.match(line):
+        level = _CHINESE_LEVEL[match["kind"]]
+        begin = start + match.start("number")
+        if level == _ARTICLE_LEVEL:
+            if match["rest"] and not match["gap"]:
+                return None  # "第三条规定的..." is a sentence about an article
+            title = _SPACES.sub("", match["number"])
+            return _Candidate(level, title, begin, start + match.end("number"))
+        rest = match["rest"].strip()
+        if len(rest) > _MAX_TITLE or _PUNCTUATION.search(rest):
+            return None
+        if not match["gap"] and rest and rest[0] in "的中和与规":
+            return None
+        number = _SPACES.sub("", match["number"])
+        return _Candidate(level, f"{number} {_join_spaced(rest)}".strip(), begin, start + len(line))
+    if match := _ENGLISH.match(line):
+        rest = (match["rest"] or "").strip()
+        if len(rest) > _MAX_TITLE or rest.endswith((",", ";")) or re.search(r"\.{4,}", rest):
+            return None
+        level = _ENGLISH_LEVEL[match["kind"].lower()]
+        begin = start + match.start("kind")
+        return _Candidate(level, " ".join(line.split()), begin, start + len(line))
+    return None
+
+
+def _join_spaced(title: str) -> str:
+    """"总 则" is typeset with a space inside a two-character word; the word is "总则"."""
+    words = title.split()
+    is_spaced = len(words) > 1 and all(len(word) == 1 for word in words)
+    return "".join(words) if is_spaced else " ".join(words)
