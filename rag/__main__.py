@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from rag.pipeline import Rag
 
 
+_RETRIEVED = 10  # hits a question that `retrieve` writes where --top-k isn't given
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 for an error with its message, 2 for usage."""
     options = _parser().parse_args(arguments)
@@ -57,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--json", action="store_true", help="print one JSON object instead")
     ask.set_defaults(run=_ask)
 
-    retrieve = commands.add_parser("retrieve", help="passages for each line of a .jsonl file")
+    retrieve = commands.add_parser("retrieve", help=f"passages for each line of a .jsonl file ({_RETRIEVED} without --top-k)")
     retrieve.add_argument("source", metavar="IN.jsonl", type=Path)
     retrieve.add_argument("target", metavar="OUT.jsonl", type=Path)
     retrieve.set_defaults(run=_retrieve)
@@ -186,11 +189,12 @@ def _retrieve(options: argparse.Namespace, settings: Settings) -> int:
 
     rows = read_questions(options.source)
     rag = Rag.open(settings=settings)
+    count = options.top_k or max(_RETRIEVED, settings.top_k)
     fresh = options.target.with_name(options.target.name + ".new")
     with _writable(fresh) as out:
         for begin in range(0, len(rows), 256):
             part = rows[begin : begin + 256]
-            found = rag.retriever.retrieve_batch([row["question"] for row in part], settings.top_k)
+            found = rag.retriever.retrieve_batch([row["question"] for row in part], count)
             for row, hits in zip(part, found, strict=True):
                 line = {"id": row["id"], "hits": [hit.to_dict() for hit in hits]}
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -9,7 +9,7 @@ sentence that nothing supports is reported.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rag.answer import Citation, Hit
@@ -23,6 +23,7 @@ _NUMBER = re.compile(r"\d+(?:[.,]\d+)*%?")
 _NEGATION = re.compile(
     r"\b(?:not?|never|cannot|without|none)\b|n['’]t\b|不(?!同|断|仅|但|过|论|管|久|少|只)|没有|无法|并非|未(?!来)"
 )
+_CLAUSE = re.compile(r"[，,；;。]|(?<=[.!?])\s")
 # Weighed share of a sentence's terms that one or two sentences of a passage must hold. Word forms
 # differ between a question's words and a passage's, so it isn't 1.
 SUPPORTED = 0.55
@@ -45,7 +46,7 @@ class _Span:
     end: int
     terms: frozenset[str]
     numbers: frozenset[str]
-    negated: bool
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ def _passage_spans(hits: Sequence[Hit]) -> list[_Span]:
             spans.append(_Span(
                 number, start, end, frozenset(passage_terms(sentence)) | place,
                 frozenset(_numbers(sentence)) | frozenset(_numbers(hit.chunk.place)),
-                bool(_NEGATION.search(sentence.lower())),
+                sentence,
             ))
     return spans
 
@@ -156,7 +157,7 @@ def _best_match(sentence: str, spans: Sequence[_Span], claimed: Sequence[int]) -
         if not numbers <= span.numbers:
             continue
         share = sum(weight for term, weight in weights.items() if term in span.terms) / total
-        if share < SUPPORTED or (negated != span.negated and share < 0.9):
+        if share < SUPPORTED or negated != _negates(span.text, weights):
             continue
         score = share + (_CITED_BONUS if span.hit_number in claimed else 0.0)
         shorter = best is not None and score == best.score and (
@@ -165,6 +166,19 @@ def _best_match(sentence: str, spans: Sequence[_Span], claimed: Sequence[int]) -
         if best is None or score > best.score + 0.02 or shorter:
             best = _Match(score, span)
     return best
+
+
+def _negates(text: str, weights: Mapping[str, float]) -> bool:
+    """Whether a clause that speaks of these terms holds a negation.
+
+    Clause by clause, because "the rent is due on Monday, and pets are not allowed" does not deny
+    the first half.
+    """
+    for clause in _CLAUSE.split(text):
+        terms = set(passage_terms(clause))
+        if terms and len(terms.intersection(weights)) >= 0.4 * len(terms) and _NEGATION.search(clause.lower()):
+            return True
+    return False
 
 
 def _claims_something(sentence: str) -> bool:

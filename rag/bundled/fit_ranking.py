@@ -59,16 +59,31 @@ def questions_of(data: Path, language: Language) -> tuple[list[FitQuestion], lis
     return found, list(passages)
 
 
-def build_base(passages: Sequence[str], embedder: Embedder, folder: Path) -> KnowledgeBase:
-    """A knowledge base with each passage as one chunk, a hundred to a file."""
+def titles_of(data: Path) -> dict[str, str]:
+    """Passage -> title of the English article it stands in."""
+    titles: dict[str, str] = {}
+    for row in read_rows(data / "text.en.squad_train_articles.jsonl.xz"):
+        for paragraph in row["text"].split("\n"):
+            titles[paragraph.strip()] = row["title"].replace("_", " ")
+    return titles
+
+
+def build_base(
+    passages: Sequence[str], titles: dict[str, str], embedder: Embedder, folder: Path
+) -> KnowledgeBase:
+    """A knowledge base with each passage as one chunk, a hundred to a file.
+
+    Only half of the passages know their title, as in real folders.
+    """
     base = KnowledgeBase.create(folder)
     with base.writing():
         base.bind_embedder(embedder)
         for begin in range(0, len(passages), 100):
-            path = f"{begin}.txt"
+            path = "text" + "x" * (begin // 100)  # a name without a word of any question
             chunks, position = [], 0
-            for text in passages[begin : begin + 100]:
-                chunks.append(Chunk(path, text, position, position + len(text)))
+            for number, text in enumerate(passages[begin : begin + 100]):
+                title = titles.get(text.strip(), "") if number % 2 else ""
+                chunks.append(Chunk(path, text, position, position + len(text), title=title))
                 position += len(text) + 10  # a gap, so that no two are neighbours
             base.put_file(
                 FileRecord(path, "", 0, "ok"), Document(path, "", "txt"), chunks,
@@ -99,12 +114,17 @@ def search(retriever: Retriever, questions: Sequence[FitQuestion]) -> Iterator[S
 
 
 def fit_listwise(
-    lists: Sequence[tuple[np.ndarray, np.ndarray]], names: Sequence[str], *, decay: float = 1e-3
+    lists: Sequence[tuple[np.ndarray, np.ndarray]], names: Sequence[str], *,
+    signs: dict[str, int], decay: float = 1e-3,
 ) -> dict[str, float]:
-    """Weights that put the right ones (bool (n,)) of each list of features (n, f) first."""
+    """Weights that put the right ones (bool (n,)) of each list of features (n, f) first.
+
+    `signs` holds +1 or -1 where a weight may only have that sign, 0 where it stays zero.
+    """
     stacked = np.concatenate([features for features, _ in lists])
     scale = stacked.std(axis=0) + 1e-9
-    weights = torch.zeros(len(names), dtype=torch.float64, requires_grad=True)
+    free = torch.full((len(names),), -1.0, dtype=torch.float64, requires_grad=True)
+    sign = torch.tensor([signs.get(name, 2) for name in names], dtype=torch.float64)
     longest = max(len(right) for _, right in lists)
     features = torch.zeros(len(lists), longest, len(names), dtype=torch.float64)
     valid = torch.zeros(len(lists), longest, dtype=torch.bool)
@@ -113,10 +133,14 @@ def fit_listwise(
         features[at, : len(rows)] = torch.from_numpy(rows / scale)
         valid[at, : len(rows)] = True
         right[at, : len(rows)] = torch.from_numpy(correct)
-    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([free], max_iter=300, line_search_fn="strong_wolfe")
+
+    def signed() -> torch.Tensor:
+        return torch.where(sign == 2, free + 1.0, sign * torch.nn.functional.softplus(free))
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
+        weights = signed()
         scores = (features @ weights).masked_fill(~valid, -1e9)
         won = scores.masked_fill(~right, -1e9)
         value = (scores.logsumexp(1) - won.logsumexp(1)).mean() + decay * (weights**2).sum()
@@ -124,7 +148,7 @@ def fit_listwise(
         return value
 
     optimizer.step(loss)
-    fitted = weights.detach().numpy() / scale
+    fitted = signed().detach().numpy() / scale
     return {name: round(float(value), 5) for name, value in zip(names, fitted, strict=True)}
 
 
@@ -244,7 +268,10 @@ def main() -> None:
             asked = dict.fromkeys(item.passage for item in questions)
             others = [text for text in passages if text not in asked]
             room = max(0, min(options.passages - len(asked), len(others)))
-            base = build_base([*asked, *rng.sample(others, room)], embedder, work / language)
+            mixed = [*asked, *rng.sample(others, room)]
+            rng.shuffle(mixed)
+            titles = titles_of(options.data) if language == "en" else {}
+            base = build_base(mixed, titles, embedder, work / language)
             items = list(search(Retriever(base, embedder), questions))
             figures[language] = _fit_language(language, items, embedder, base, fitted)
             print(language, len(items), "questions", json.dumps(figures[language]), flush=True)
@@ -265,10 +292,14 @@ def _fit_language(
         [(i.features, np.arange(len(i.stored)) == i.gold) for i in part if i.gold is not None]
         for part in parts
     ]
-    passage = fit_listwise(lists[0], ranking.FEATURES)
+    positive = dict.fromkeys(ranking.FEATURES, 1)
+    passage = fit_listwise(lists[0], ranking.FEATURES, signs=positive | _unseen(lists[0]))
+    if language == "zh":  # no Chinese collection here has titles
+        english = fitted["ranking"]["en"]
+        passage["place"] = round(passage["coverage"] * english["place"] / english["coverage"], 5)
     vector = np.array(list(passage.values()))
     sentence_lists = [_sentence_lists(part, vector, embedder) for part in parts]
-    sentence = fit_listwise(sentence_lists[0], evidence.FEATURES)
+    sentence = fit_listwise(sentence_lists[0], evidence.FEATURES, signs=_SENTENCE_SIGNS)
     sentence_vector = np.array(list(sentence.values()))
     rows, labels = _support_rows(parts[0], vector, sentence_vector, embedder, base)
     support, threshold, _ = fit_support(rows, labels)
@@ -289,6 +320,19 @@ def _fit_language(
             float((said[test_labels].mean() + (~said[~test_labels]).mean()) / 2), 4
         ),
     }
+
+
+_SENTENCE_SIGNS = {
+    "coverage": 1, "context": 1, "dense": 1, "hit": 1, "pairs": 1, "number": 1, "no_number": -1,
+    "time": 1, "no_time": -1, "name": 1, "no_name": -1, "reason": 1, "question": -1, "place": 1,
+    "digits_kept": 1,
+}
+
+
+def _unseen(lists: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, int]:
+    """Features that no list has, to be left at zero."""
+    seen = np.concatenate([features for features, _ in lists]).any(axis=0)
+    return {name: 0 for name, there in zip(ranking.FEATURES, seen, strict=True) if not there}
 
 
 def _write(path: Path, value: object) -> None:
