@@ -1,0 +1,158 @@
+"""`python -m ingest [PATH ...]`: bring the knowledge base in step with folders and files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from rag.errors import InputError, RagError, SettingsError
+from rag.settings import Settings
+
+EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_FAILED_FILES = 0, 1, 2, 3
+EXIT_INTERRUPTED = 130  # as shells report Ctrl-C
+
+_EPILOG = """\
+paths in the base: a file of the first folder is known by its path relative to that folder, a file
+of any further folder has that folder's name in front. Files that are gone are deleted from the base
+only where they lay in a PATH that was given. Hidden and temporary files are left out, and what a
+.ragignore file (written like .gitignore) names.
+
+exit status: 0 all files are stored; 3 some failed, the rest is stored; 2 wrong usage; 1 another
+error; 130 stopped by Ctrl-C (what was stored stays, the next run goes on).
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _make_parser()
+    options = parser.parse_args(arguments)
+    try:
+        settings = Settings.load(
+            kb=options.kb, embedder=options.embedder, chunk_tokens=options.chunk_tokens
+        )
+        if options.report:
+            return _print_health(settings, as_json=options.json)
+        return _run(options, settings)
+    except (SettingsError, InputError) as error:
+        parser.error(str(error))
+    except RagError as error:
+        print(f"ingest: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print(
+            "ingest: stopped. What was stored stays; run the command again to go on.",
+            file=sys.stderr,
+        )
+        return EXIT_INTERRUPTED
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    from ingest.parsers import Limits
+
+    limits = Limits()
+    parser = argparse.ArgumentParser(
+        prog="python -m ingest", description="Bring a knowledge base in step with folders and files.",
+        epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("paths", nargs="*", metavar="PATH", default=["knowledge"],
+        help="folder or file to ingest (default: knowledge)")
+    add("--kb", metavar="DIR", help=f"folder of the knowledge base (default: {Settings.kb})")
+    add("--json", action="store_true", help="print one JSON object as the last line of stdout")
+    add("--dry-run", action="store_true", help="say what would be done and change nothing")
+    add("--reembed", action="store_true",
+        help="embed what is stored with the embedder now set; no file that is unchanged is read")
+    add("--report", action="store_true", help="show the health of every file in the base, and end")
+    add("--include", action="append", default=[], metavar="GLOB",
+        help="ingest only files that match (may be given several times; default: all)")
+    add("--exclude", action="append", default=[], metavar="GLOB",
+        help="leave out files that match (may be given several times; default: none)")
+    add("--embedder", metavar="NAME",
+        help=f"bundled, a folder, or a Hugging Face name (default: {Settings.embedder})")
+    add("--chunk-tokens", type=int, metavar="N",
+        help=f"largest chunk, in the embedder's tokens (default: {Settings.chunk_tokens})")
+    add("--timeout", type=float, default=limits.seconds, metavar="SECONDS",
+        help=f"longest time to parse one file (default: {limits.seconds:g})")
+    add("--max-memory-mb", type=int, default=limits.memory_mb, metavar="MB",
+        help=f"memory a file's parser may use (default: {limits.memory_mb})")
+    add("--max-file-mb", type=int, default=limits.file_mb, metavar="MB",
+        help=f"largest file to read (default: {limits.file_mb})")
+    add("--verbose", action="store_true", help="list every file (default: at most 40 changes)")
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def _run(options: argparse.Namespace, settings: Settings) -> int:
+    from ingest.parsers import Limits
+    from ingest.synchronizer import sync
+
+    try:
+        limits = Limits(options.timeout, options.max_memory_mb, options.max_file_mb)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    signal.signal(signal.SIGTERM, _interrupt)
+    with _ProgressBar(is_shown=not options.quiet) as bar:
+        report = sync(
+            options.paths, settings=settings, limits=limits, progress=bar.show,
+            include=options.include, exclude=options.exclude,
+            reembed=options.reembed, dry_run=options.dry_run,
+        )
+    print(report.describe(max_changes=None if options.verbose else 40))
+    if options.json:
+        print(json.dumps(report.to_dict(), ensure_ascii=False))
+    return EXIT_FAILED_FILES if report.failed else EXIT_OK
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+class _ProgressBar:
+    """A bar on stderr, made at the first event: a run without changes shows none."""
+
+    def __init__(self, *, is_shown: bool) -> None:
+        self._is_shown = is_shown
+        self._bar: object | None = None
+
+    def __enter__(self) -> _ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        close = getattr(self._bar, "close", None)
+        if close is not None:
+            close()
+
+    def show(self, progress: object) -> None:
+        from ingest.synchronizer import Progress
+
+        assert isinstance(progress, Progress)
+        if not self._is_shown:
+            return
+        from tqdm import tqdm
+
+        if not isinstance(self._bar, tqdm) or self._bar.total != progress.total:
+            self.__exit__()
+            self._bar = tqdm(total=progress.total, unit="file", file=sys.stderr, mininterval=0.2)
+        assert isinstance(self._bar, tqdm)
+        self._bar.set_postfix_str(progress.path[-40:], refresh=False)
+        self._bar.update(progress.done - self._bar.n)
+
+
+def _print_health(settings: Settings, *, as_json: bool) -> int:
+    from dataclasses import asdict
+
+    from ingest.report import format_health
+    from rag.knowledge import KnowledgeBase
+
+    records = list(KnowledgeBase.open(settings.kb).files().values())
+    print(format_health(records))
+    if as_json:
+        print(json.dumps({"files": [asdict(record) for record in records]}, ensure_ascii=False))
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""Finds the files to ingest: what is there, what is left out and why."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from ingest.loaders import find_loader, why_skipped
+from ingest.roots import Scope
+
+IGNORE_FILE = ".ragignore"
+_TEMPORARY = re.compile(
+    r"~\$|\.~|#.*#$|.*~$|.*\.(?:tmp|temp|swp|swo|part|partial|crdownload|download|bak|lock)$"
+    r"|(?:Thumbs\.db|desktop\.ini)$",
+    re.IGNORECASE,
+)
+_SKIPPED_FOLDERS = frozenset("__pycache__ node_modules __MACOSX site-packages".split())
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file on disk and its path in the base."""
+
+    path: str
+    file: Path
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedFile:
+    """A file that is left out, with the reason in one line."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScanResult:
+    sources: dict[str, SourceFile]
+    skipped: list[SkippedFile]
+
+
+def scan(
+    scopes: Sequence[Scope], *, kb: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> ScanResult:
+    """Every file in the scopes that has a loader, by its path in the base, in path order.
+
+    Hidden files, editors' temporary files and the base's own folder are left out without a word;
+    what else is left out is listed. `include` and `exclude` are globs on the path below the root.
+    """
+    sources: dict[str, SourceFile] = {}
+    skipped: dict[str, SkippedFile] = {}
+    own = Path(os.path.realpath(kb))
+    for scope in scopes:
+        start = scope.root.folder / scope.inner if scope.inner else scope.root.folder
+        for file, inner, reason in _walk(start, scope, own):
+            path = scope.root.prefix + inner
+            if not _is_wanted(inner, include, exclude):
+                continue
+            if not reason and not _is_utf8(path):
+                path = path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+                reason = "its name is not valid UTF-8; rename it"
+            if not reason and find_loader(file.name) is None:
+                reason = why_skipped(file.name)
+            if reason:
+                skipped[path] = SkippedFile(path, reason)
+                continue
+            try:
+                sources[path] = SourceFile(path, file, file.stat().st_size)
+            except OSError as error:
+                skipped[path] = SkippedFile(path, f"can't be read: {error.strerror}")
+    return ScanResult(
+        {path: sources[path] for path in sorted(sources)},
+        [skipped[path] for path in sorted(skipped)],
+    )
+
+
+def _walk(start: Path, scope: Scope, own: Path) -> Iterator[tuple[Path, str, str]]:
+    """(file, path below the root, why it is skipped or "")."""
+    root = scope.root.folder
+    if start.is_file():
+        yield start, scope.inner, ""
+        return
+    rules: dict[Path, list[_Rule]] = {}
+    for parent in [p for p in (*reversed(start.parents), start) if p.is_relative_to(root)]:
+        _read_rules(parent, root, rules)
+    pending = [start]
+    while pending:
+        folder = pending.pop()
+        _read_rules(folder, root, rules)
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            yield folder, folder.relative_to(root).as_posix(), f"can't be read: {error.strerror}"
+            continue
+        for entry in entries:
+            name = entry.name
+            if name.startswith(".") or _TEMPORARY.match(name):
+                continue
+            file = folder / name
+            inner = file.relative_to(root).as_posix()
+            if entry.is_symlink():
+                reason = _judge_link(file, root)
+                if reason or file.is_dir():
+                    yield file, inner, reason or "a link to a folder"
+                    continue
+            is_folder = entry.is_dir()
+            if _is_ignored(inner, is_folder, rules[folder]):
+                continue
+            if is_folder:
+                if name not in _SKIPPED_FOLDERS and file != own:
+                    pending.append(file)
+            elif entry.is_file():
+                yield file, inner, ""
+            else:
+                yield file, inner, "not a regular file"
+
+
+def _judge_link(file: Path, root: Path) -> str:
+    """Why a link isn't followed: what it names lies outside, or is read under its own name."""
+    target = Path(os.path.realpath(file))
+    if not target.exists():
+        return "a link to nothing"
+    if not target.is_relative_to(root):
+        return "a link out of the folder"
+    return "a link to a file that is read under its own name"
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_wanted(inner: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    if include and not any(_matches(inner, pattern) for pattern in include):
+        return False
+    return not any(_matches(inner, pattern) for pattern in exclude)
+
+
+def _matches(inner: str, pattern: str) -> bool:
+    """Whether the path, one of its parents, or its bare name matches the glob."""
+    rule = _compile_rule(pattern)
+    return rule is not None and rule.matches(inner)
+
+
+# .ragignore -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """One line of a .ragignore, as in .gitignore: `!` takes back, a final slash means folders."""
+
+    expression: re.Pattern[str]
+    is_negative: bool
+    only_folders: bool
+    base: str = ""  # the folder its file lies in, below the root, with a final slash
+
+    def matches(self, inner: str, is_folder: bool = False) -> bool:
+        if not inner.startswith(self.base):
+            return False
+        parts = inner[len(self.base) :].split("/")
+        for end in range(1, len(parts) + 1):
+            is_whole = end == len(parts)
+            if is_whole and self.only_folders and not is_folder:
+                continue
+            if self.expression.fullmatch("/".join(parts[:end])):
+                return True
+        return False
+
+
+@lru_cache(maxsize=1024)
+def _compile_rule(line: str, base: str = "") -> _Rule | None:
+    line = line.strip()
+    if not line or line.startswith("#"):
+        return None
+    is_negative = line.startswith("!")
+    line = line.removeprefix("!").removeprefix("./")
+    only_folders = line.endswith("/")
+    line = line.rstrip("/")
+    is_anchored = "/" in line
+    line = line.removeprefix("/")
+    expression = "" if is_anchored else "(?:.*/)?"
+    for part in re.split(r"(\*\*/|/\*\*$|\*\*|\*|\?|\[[^\]]*\])", line):
+        if part in ("**/",):
+            expression += "(?:.*/)?"
+        elif part in ("/**", "**"):
+            expression += ".*"
+        elif part == "*":
+            expression += "[^/]*"
+        elif part == "?":
+            expression += "[^/]"
+        elif part.startswith("[") and part.endswith("]"):
+            expression += fnmatch.translate(part).removesuffix("\\z").removesuffix("\\Z")
+        else:
+            expression += re.escape(part)
+    return _Rule(re.compile(expression, re.DOTALL), is_negative, only_folders, base)
+
+
+def _read_rules(folder: Path, root: Path, rules: dict[Path, list[_Rule]]) -> None:
+    if folder in rules:
+        return
+    found = list(rules.get(folder.parent, []))
+    file = folder / IGNORE_FILE
+    if file.is_file():
+        inner = folder.relative_to(root).as_posix()
+        base = "" if inner == "." else inner + "/"
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            if (rule := _compile_rule(line, base)) is not None:
+                found.append(rule)
+    rules[folder] = found
+
+
+def _is_ignored(inner: str, is_folder: bool, rules: Sequence[_Rule]) -> bool:
+    ignored = False
+    for rule in rules:
+        if rule.matches(inner, is_folder):
+            ignored = not rule.is_negative
+    return ignored
+
+
+# hashes -----------------------------------------------------------------------------------------
+
+
+def hash_files(sources: Sequence[SourceFile]) -> dict[str, str]:
+    """sha256 of each file's content by path; "" where it can't be read.
+
+    Size and time of change are not trusted in its place: a restored backup keeps both.
+    """
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        digests = pool.map(_hash_file, [source.file for source in sources], chunksize=64)
+        return {source.path: digest for source, digest in zip(sources, digests, strict=True)}
+
+
+def _hash_file(file: Path) -> str:
+    try:
+        with file.open("rb", buffering=0) as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError:
+        return ""
