@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _make_parser() -> argparse.ArgumentParser:
     from ingest.parsers import Limits
 
-    limits = Limits()
+    limits, settings = Limits(), Settings()
     parser = argparse.ArgumentParser(
         prog="python -m ingest", description="Bring a knowledge base in step with folders and files.",
         epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -60,7 +60,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("paths", nargs="*", metavar="PATH", default=["knowledge"],
         help="folder or file to ingest (default: knowledge)")
-    add("--kb", metavar="DIR", help=f"folder of the knowledge base (default: {Settings.kb})")
+    add("--kb", metavar="DIR", help=f"folder of the knowledge base (default: {settings.kb})")
     add("--json", action="store_true", help="print one JSON object as the last line of stdout")
     add("--dry-run", action="store_true", help="say what would be done and change nothing")
     add("--reembed", action="store_true",
@@ -71,9 +71,9 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--exclude", action="append", default=[], metavar="GLOB",
         help="leave out files that match (may be given several times; default: none)")
     add("--embedder", metavar="NAME",
-        help=f"bundled, a folder, or a Hugging Face name (default: {Settings.embedder})")
+        help=f"bundled, a folder, or a Hugging Face name (default: {settings.embedder})")
     add("--chunk-tokens", type=int, metavar="N",
-        help=f"largest chunk, in the embedder's tokens (default: {Settings.chunk_tokens})")
+        help=f"largest chunk, in the embedder's tokens (default: {settings.chunk_tokens})")
     add("--timeout", type=float, default=limits.seconds, metavar="SECONDS",
         help=f"longest time to parse one file (default: {limits.seconds:g})")
     add("--max-memory-mb", type=int, default=limits.memory_mb, metavar="MB",

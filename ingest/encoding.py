@@ -51,8 +51,8 @@ def decode_text(data: bytes, *, declared: str | None = None) -> DecodedText:
     for mark, encoding in _BYTE_ORDER_MARKS:
         if data.startswith(mark):
             return DecodedText(data.decode(encoding, "replace").removeprefix("\ufeff"), encoding, True)
-    if encoding := _wide_encoding(data):
-        return DecodedText(data.decode(encoding, "replace"), encoding, False)
+    if (wide := _wide_encoding(data)) is not None:
+        return DecodedText(data.decode(wide, "replace"), wide, False)
     try:
         return DecodedText(data.decode("utf-8"), "utf-8", True)
     except UnicodeDecodeError as error:

@@ -21,16 +21,19 @@ CountTokens = Callable[[Sequence[str]], list[int]]
 
 VERSION = 1  # raised whenever the same document would be split otherwise
 
-# A section below this share of the budget is joined with its neighbours while they stay below the
-# other share: a chunk of many topics is found for none of them.
-_SMALL_SHARE = 0.2
-_JOINED_SHARE = 0.5
+# A section below the first share of the budget is joined with its neighbours while they stay below
+# the second: a chunk of many topics is found for none of them. On lay questions about a statute of
+# 1,260 articles, shares of 0.1 and 0.3 find the right page first for 0.94 of them, 0.2 and 0.5 for
+# 0.89, 0.5 and 1.0 for 0.85; joining nothing does as well as the first, with half as many chunks again.
+_SMALL_SHARE = 0.1
+_JOINED_SHARE = 0.3
 
 _BLANK_LINES = re.compile(r"\n[ \t\u3000\r]*(?:\n[ \t\u3000\r]*)+")
 _VISIBLE = re.compile(r"[^\s]")
 _WORD = re.compile(r"[^\W_]")
 _TABLE_RULE = re.compile(r"\|(?:\s*:?-{3,}:?\s*\|)+\s*")
 _SENTENCE_END = re.compile(r"[。！？；：.!?;:…”’」』）)\]\"'|>]\s*$")
+_LIST_ITEM = re.compile(r"\s*(?:[-*+•]|\(?\d+[.)、])\s")
 
 _SEPARATORS = [
     # a sentence's end with the quotes and brackets that close on it
@@ -281,9 +284,9 @@ def _cut_lines(text: str, unit: _Unit) -> list[_Unit]:
     if len(rows) > 2 and _TABLE_RULE.fullmatch(rows[1]):
         columns = " | ".join(cell.strip() for cell in rows[0].strip().strip("|").split("|"))
         lines[1].cost = lines[2].cost = _GLUE_COST
-        for line, row in zip(lines[2:], rows[2:], strict=True):
+        for row_unit, row in zip(lines[2:], rows[2:], strict=True):
             if row.startswith("|"):
-                line.columns = columns
+                row_unit.columns = columns
     return lines
 
 
@@ -293,6 +296,8 @@ def _is_wrapped(lines: list[str]) -> bool:
     inner = lines[:-1]
     long = sum(len(line) > 0.6 * widest for line in inner)
     closed = sum(bool(_SENTENCE_END.search(line)) for line in inner)
+    if sum(bool(_LIST_ITEM.match(line)) for line in inner) > 0.5 * len(inner):
+        return False
     return 30 <= widest <= 130 and long >= 0.7 * len(inner) and closed <= 0.5 * len(inner)
 
 
@@ -303,7 +308,7 @@ def _cut_sentences(
     from langchain_text_splitters import RecursiveCharacterTextSplitter
 
     body = text[unit.start : unit.end]
-    sentences = [piece for piece in re.split(f"(?<=[。！？；.!?;])", body) if piece]
+    sentences = [piece for piece in re.split("(?<=[。！？；.!?;])", body) if piece]
     counts = dict(zip(sentences, count_tokens(sentences), strict=True))
 
     def length(piece: str) -> int:
@@ -326,9 +331,9 @@ def _cut_sentences(
         _add_visible(units, text, position, position + len(piece))
         position += len(piece)
     _count(text, units, count_tokens)
-    for piece_unit in units:
-        piece_unit.cost = _SENTENCE_COST
-        piece_unit.columns = unit.columns
+    for cut in units:
+        cut.cost = _SENTENCE_COST
+        cut.columns = unit.columns
     units[0].cost = unit.cost
     return units
 

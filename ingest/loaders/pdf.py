@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ingest.builder import clean_line
-from ingest.layout import Line, PageText, Outline, lay_out
+from ingest.layout import Line, Outline, PageText, lay_out
 from rag.document import Document
 from rag.errors import LoadError
 
