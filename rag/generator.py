@@ -323,11 +323,10 @@ class Generator:
             id_ = event.request_id
             text = texts[id_]
             if isinstance(event, TokenEvent):
-                if text.stopped:
-                    continue  # chosen before the engine saw the cancellation
-                ids[id_].append(event.token_id)
-                logprobs[id_].append(event.logprob)
-                text.push(event.token_id)
+                if not text.stopped:  # else chosen before the engine saw the cancellation
+                    ids[id_].append(event.token_id)
+                    logprobs[id_].append(event.logprob)
+                    text.push(event.token_id)
                 if text.stopped:
                     self.engine.cancel(id_)
             else:
@@ -413,16 +412,13 @@ def load_generator(settings: Settings) -> Generator:
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise GeneratorError(f"the tokenizer of {name} can't be loaded: {error}") from error
     model = _load_model(folder, name, dtype).to(device)
-    context_length = min(limit, plan.kv_tokens) if limit else plan.kv_tokens
-    engine = create_engine(model, context_length=context_length, kv_tokens=plan.kv_tokens)
     is_reader = _reader_layout(folder)
-    return Generator(
-        engine,
-        tokenizer,
-        name=name,
-        is_reader=is_reader,
-        stop_ids=_stop_ids(model, tokenizer, is_reader=is_reader),
+    stop_ids = _stop_ids(model, tokenizer, is_reader=is_reader)
+    context_length = min(limit, plan.kv_tokens) if limit else plan.kv_tokens
+    engine = create_engine(
+        model, context_length=context_length, kv_tokens=plan.kv_tokens, release=True
     )
+    return Generator(engine, tokenizer, name=name, is_reader=is_reader, stop_ids=stop_ids)
 
 
 def find_model(name: str) -> Path:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from rag.engine import Engine, FinishEvent, Request, Sampling, TokenEvent, create_engine
+from rag.engine.model import DecoderModel
+from rag.engine.scheduler import PooledEngine
 from rag.engine.slots import SlotEngine
 from rag.errors import GeneratorError
 from tests.tiny_models import FAMILIES, make_random_model
@@ -41,12 +43,21 @@ def reference(model: PreTrainedModel, prompt: Sequence[int], new: int = 24) -> l
     return [int(token) for token in output[0, len(prompt) :]]
 
 
-def slot_engine(model: PreTrainedModel, **limits: int) -> SlotEngine:
-    return SlotEngine(
-        model,
-        context_length=limits.get("context_length", 512),
-        kv_tokens=limits.get("kv_tokens", 2048),
-    )
+Maker = Callable[..., Engine]
+
+
+def slot_engine(model: PreTrainedModel, context: int = 512, kv: int = 2048) -> Engine:
+    return SlotEngine(model, context_length=context, kv_tokens=kv)
+
+
+def pooled_engine(model: PreTrainedModel, context: int = 512, kv: int = 2048) -> Engine:
+    return PooledEngine(DecoderModel(model), context_length=context, kv_tokens=kv)
+
+
+@pytest.fixture(params=[slot_engine, pooled_engine], ids=["slots", "pooled"])
+def make_engine(request: pytest.FixtureRequest) -> Maker:
+    maker: Maker = request.param
+    return maker
 
 
 @pytest.fixture(params=FAMILIES)
@@ -54,8 +65,10 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return make_random_model(request.param)
 
 
-def test_greedy_equals_transformers_with_and_without_cached_prefix(model: PreTrainedModel) -> None:
-    engine = slot_engine(model)
+def test_greedy_equals_transformers_with_and_without_cached_prefix(
+    model: PreTrainedModel, make_engine: Maker
+) -> None:
+    engine = make_engine(model)
     expected = reference(model, PROMPT)
     cold, finish = run(engine, PROMPT)
     assert cold == expected
@@ -66,8 +79,10 @@ def test_greedy_equals_transformers_with_and_without_cached_prefix(model: PreTra
     assert finish.reused_tokens == 69  # all but the one whose logits are needed
 
 
-def test_the_next_turn_computes_only_what_is_new(model: PreTrainedModel) -> None:
-    engine = slot_engine(model)
+def test_the_next_turn_computes_only_what_is_new(
+    model: PreTrainedModel, make_engine: Maker
+) -> None:
+    engine = make_engine(model)
     answer, _ = run(engine, PROMPT)
     turn = (*PROMPT, *answer, *PROMPT[:9])
     tokens, finish = run(engine, turn)
@@ -76,8 +91,10 @@ def test_the_next_turn_computes_only_what_is_new(model: PreTrainedModel) -> None
     assert finish.reused_tokens == 93
 
 
-def test_a_branch_leaves_the_longer_conversation_cached(model: PreTrainedModel) -> None:
-    engine = slot_engine(model)
+def test_a_branch_leaves_the_longer_conversation_cached(
+    model: PreTrainedModel, make_engine: Maker
+) -> None:
+    engine = make_engine(model)
     run(engine, PROMPT)
     branch = (*PROMPT[:20], *reversed(PROMPT[20:]))
     tokens, finish = run(engine, branch)
@@ -87,18 +104,18 @@ def test_a_branch_leaves_the_longer_conversation_cached(model: PreTrainedModel) 
     assert finish.reused_tokens == 69
 
 
-def test_sliding_windows_survive_reuse() -> None:
+def test_sliding_windows_survive_reuse(make_engine: Maker) -> None:
     model = make_random_model("mistral", sliding_window=16)
-    engine = slot_engine(model)
+    engine = make_engine(model)
     run(engine, PROMPT[:50])
     tokens, finish = run(engine, PROMPT)
     assert finish.reused_tokens == 50
     assert tokens == reference(model, PROMPT)
 
 
-def test_two_interleaved_streams_do_not_mix() -> None:
+def test_two_interleaved_streams_do_not_mix(make_engine: Maker) -> None:
     model = make_random_model("llama")
-    engine = slot_engine(model)
+    engine = make_engine(model)
     other = tuple(reversed(PROMPT))
     first = engine.generate([Request("a", PROMPT, 24)])
     second = engine.generate([Request("b", other, 24)])
@@ -110,20 +127,20 @@ def test_two_interleaved_streams_do_not_mix() -> None:
     assert tokens == {"a": reference(model, PROMPT), "b": reference(model, other)}
 
 
-def test_a_stop_token_ends_the_output_and_is_not_part_of_it() -> None:
+def test_a_stop_token_ends_the_output_and_is_not_part_of_it(make_engine: Maker) -> None:
     model = make_random_model("llama")
     expected = reference(model, PROMPT)
     stop = expected[5]
-    events = list(slot_engine(model).generate([Request("a", PROMPT, 24, stop_ids=(stop,))]))
+    events = list(make_engine(model).generate([Request("a", PROMPT, 24, stop_ids=(stop,))]))
     tokens = [event.token_id for event in events if isinstance(event, TokenEvent)]
     assert tokens == expected[: expected.index(stop)]
     assert isinstance(events[-1], FinishEvent) and events[-1].reason == "stop"
 
 
-def test_logprobs_are_those_of_the_model() -> None:
+def test_logprobs_are_those_of_the_model(make_engine: Maker) -> None:
     model = make_random_model("qwen2")
     events = list(
-        slot_engine(model).generate([Request("a", PROMPT, 4, Sampling(temperature=0.7, seed=3))])
+        make_engine(model).generate([Request("a", PROMPT, 4, Sampling(temperature=0.7, seed=3))])
     )
     chosen = [event for event in events if isinstance(event, TokenEvent)]
     ids = torch.tensor([[*PROMPT, *(event.token_id for event in chosen)]])
@@ -134,8 +151,8 @@ def test_logprobs_are_those_of_the_model() -> None:
         assert event.logprob == pytest.approx(expected, abs=1e-4)
 
 
-def test_closing_or_cancelling_a_stream_frees_its_slot() -> None:
-    engine = slot_engine(make_random_model("llama"), kv_tokens=512)
+def test_closing_or_cancelling_a_stream_frees_its_slot(make_engine: Maker) -> None:
+    engine = make_engine(make_random_model("llama"), kv=512)
     for _ in range(5):
         stream = engine.generate([Request("a", PROMPT, 400)])
         next(stream)
@@ -147,8 +164,8 @@ def test_closing_or_cancelling_a_stream_frees_its_slot() -> None:
     assert isinstance(last, FinishEvent) and last.reason == "cancelled" and last.reused_tokens == 69
 
 
-def test_requests_that_cannot_run_are_refused_at_once() -> None:
-    engine = slot_engine(make_random_model("llama"), context_length=80)
+def test_requests_that_cannot_run_are_refused_at_once(make_engine: Maker) -> None:
+    engine = make_engine(make_random_model("llama"), context=80)
     with pytest.raises(GeneratorError, match="70 prompt tokens \\+ 11 new tokens = 81 exceed"):
         engine.generate([Request("a", PROMPT, 11)])
     with pytest.raises(GeneratorError, match="empty"):

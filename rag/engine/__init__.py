@@ -21,19 +21,32 @@ __all__ = [
 
 
 def create_engine(
-    model: PreTrainedModel, *, context_length: int | None = None, kv_tokens: int | None = None
+    model: PreTrainedModel,
+    *,
+    context_length: int | None = None,
+    kv_tokens: int | None = None,
+    release: bool = False,
 ) -> Engine:
     """The engine that runs `model` best, with a KV cache of `kv_tokens` tokens on its device.
 
     `context_length` is the most prompt + new tokens of one request (default: the model's own
-    limit); `kv_tokens` bounds what is cached over all requests (default: four contexts).
+    limit); `kv_tokens` bounds what is cached over all requests (default: four contexts). With
+    `release` the model may give up its weights to the engine and can't be used afterwards.
     """
-    from rag.engine.slots import SlotEngine  # imports torch and transformers
+    # Here, because importing rag must load neither torch nor transformers.
+    from rag.engine.model import DecoderModel, why_unsupported
+    from rag.engine.scheduler import PooledEngine
+    from rag.engine.slots import SlotEngine
 
     config = model.config.get_text_config(decoder=True)
-    own_limit = getattr(config, "max_position_embeddings", None)
     if context_length is None:
-        context_length = own_limit or 4096
+        context_length = getattr(config, "max_position_embeddings", None) or 4096
     if kv_tokens is None:
         kv_tokens = 4 * context_length
-    return SlotEngine(model, context_length=context_length, kv_tokens=kv_tokens)
+    reason = why_unsupported(model)
+    if reason is None:
+        decoder = DecoderModel(model, release=release)
+        return PooledEngine(decoder, context_length=context_length, kv_tokens=kv_tokens)
+    return SlotEngine(
+        model, context_length=context_length, kv_tokens=kv_tokens, reason=f" ({reason})"
+    )

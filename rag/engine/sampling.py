@@ -6,6 +6,7 @@ a request samples never depends on who else is in the batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -41,6 +42,37 @@ def check_sampling(sampling: Sampling) -> None:
             raise GeneratorError(f"sampling {name} is {value}; it must be {range_}.")
 
 
+class Logits:
+    """Logits (n, vocabulary) of one step, float32. What greedy rows need is computed for all at
+    once, the first time that one asks."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self._logits = logits
+        self._greedy: tuple[list[int], list[float]] | None = None
+
+    def row(self, index: int) -> torch.Tensor:
+        """(vocabulary,)."""
+        return self._logits[index]
+
+    def greedy(self, index: int) -> tuple[int, float]:
+        """The most probable token of a row and its log-probability."""
+        if self._greedy is None:
+            highest, tokens = self._logits.max(-1)
+            logprobs = highest - self._logits.logsumexp(-1)
+            self._greedy = (tokens.tolist(), logprobs.tolist())
+        token, logprob = self._greedy[0][index], self._greedy[1][index]
+        if not math.isfinite(logprob):
+            raise _not_numbers()
+        return token, logprob
+
+
+def _not_numbers() -> GeneratorError:
+    return GeneratorError(
+        "the model returned logits that are not numbers (NaN or infinity). "
+        "Try dtype float32; if it stays, the weights are damaged."
+    )
+
+
 class Sampler:
     """Chooses the tokens of one request. Holds its generator and the tokens it has seen."""
 
@@ -70,15 +102,16 @@ class Sampler:
         logits = logits.float()
         normaliser = torch.logsumexp(logits, dim=-1)
         if not bool(torch.isfinite(normaliser)):
-            raise GeneratorError(
-                "the model returned logits that are not numbers (NaN or infinity). "
-                "Try dtype float32; if it stays, the weights are damaged."
-            )
+            raise _not_numbers()
         scores = self._penalise(logits)
         token = int(scores.argmax()) if self._generator is None else self._draw(scores)
         if self._penalised:
             self._seen.add(token)
         return token, float(logits[token] - normaliser)
+
+    def choose_from(self, logits: Logits, index: int) -> tuple[int, float]:
+        """`choose` from one row of a step's logits."""
+        return logits.greedy(index) if self.is_greedy else self.choose(logits.row(index))
 
     def _penalise(self, logits: torch.Tensor) -> torch.Tensor:
         if not self._penalised or not self._seen:

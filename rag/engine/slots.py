@@ -123,7 +123,11 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 class SlotEngine:
     """Engine over `model.forward`. Requests of one call run one after the other."""
 
-    def __init__(self, model: PreTrainedModel, *, context_length: int, kv_tokens: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, context_length: int, kv_tokens: int, reason: str = ""
+    ) -> None:
+        """`reason` goes into the description: why not the pooled engine."""
+        self._reason = reason
         self._model = model
         self._device = model.device
         self.device = str(model.device)
@@ -142,7 +146,7 @@ class SlotEngine:
     @property
     def description(self) -> str:
         reuse = "prefix reuse" if self.reuses_prefixes else "no prefix reuse (recurrent layers)"
-        return f"transformers forward of {type(self._model).__name__}, {reuse}"
+        return f"transformers forward of {type(self._model).__name__}{self._reason}, {reuse}"
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Event]:
         """Run the requests and yield their events as they come. Closing the iterator cancels.

@@ -1,0 +1,251 @@
+"""The forward of Llama, Mistral, Qwen2 and Qwen3, over a pool of slots instead of one cache a row.
+
+Tokens of all rows of a step stand flat behind one another; only attention knows where a row ends.
+Merged projections, grouped query heads without copies, per-token positions, sliding windows; the
+rotary frequencies are those that transformers computed for the config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from rag.engine.attention import Chunk, attend, plan_attention
+from rag.engine.kvcache import Extent, KVPool
+from rag.engine.linear import Linear, PackedLinear, make_linear
+
+FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+# "dynamic" and "longrope" change the frequencies with a prompt's length, and with them every
+# cached key; transformers' own forward serves those.
+_STEADY_ROPES = ("default", "linear", "yarn", "llama3", "proportional")
+
+
+def why_unsupported(model: Any) -> str | None:
+    """None where DecoderModel can run a transformers model; else the reason, for the report."""
+    if type(model).__name__ not in FAMILIES:
+        return f"{type(model).__name__} is not of the Llama family"
+    config = model.config
+    rope = model.model.rotary_emb
+    if getattr(rope, "rope_type", "default") not in _STEADY_ROPES:
+        return f"RoPE type {rope.rope_type} changes with the length"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"activation {config.hidden_act}"
+    attention = model.model.layers[0].self_attn
+    if rope.inv_freq.numel() * 2 != attention.head_dim:
+        return "RoPE turns only a part of each head"
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "the weights lie on several devices"
+    linears = [module for module in model.modules() if "Linear" in type(module).__name__]
+    if any(type(linear) is not torch.nn.Linear for linear in linears):
+        return "the weights are stored quantised"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Weights of one decoder layer."""
+
+    input_norm: torch.Tensor
+    qkv: Linear | PackedLinear
+    qk_norm: torch.Tensor | None  # (heads + kv heads, head dim), Qwen3
+    output: Linear | PackedLinear
+    post_norm: torch.Tensor
+    gate_up: Linear | PackedLinear
+    down: Linear | PackedLinear
+    window: int | None
+
+
+class DecoderModel:
+    """Weights taken over from a transformers model, in its dtype, on its device."""
+
+    def __init__(self, model: Any, *, release: bool = False) -> None:
+        """With `release` the transformers model gives up its weights layer by layer, so that they
+        are never in memory twice; it can't be used afterwards."""
+        reason = why_unsupported(model)
+        assert reason is None, reason
+        config, decoder = model.config, model.model
+        attention = decoder.layers[0].self_attn
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
+        self.name = type(model).__name__.removesuffix("ForCausalLM")
+        self.num_layers: int = config.num_hidden_layers
+        self.num_heads: int = config.num_attention_heads
+        self.num_kv_heads: int = config.num_key_value_heads
+        self.head_dim: int = attention.head_dim
+        self.vocab_size: int = config.vocab_size
+        self.eps: float = config.rms_norm_eps
+        self._scale: float = attention.scaling
+        self._intermediate: int = config.intermediate_size
+        self._inv_freq: torch.Tensor = decoder.rotary_emb.inv_freq.detach().float()
+        self._rope_scale = float(decoder.rotary_emb.attention_scaling)
+        # Blocks of queries keep the scores in the processor's cache; a GPU wants them larger.
+        self._query_block = 256 if self.device.type == "cpu" else 1024
+        self._embedding: torch.Tensor = decoder.embed_tokens.weight.detach()
+        self._norm: torch.Tensor = decoder.norm.weight.detach()
+        head_bias = model.lm_head.bias.detach() if model.lm_head.bias is not None else None
+        self._head = make_linear(model.lm_head.weight.detach(), head_bias)
+        if release:
+            model.lm_head.weight = None
+        self._layers: list[Layer] = []
+        for layer in decoder.layers:
+            self._layers.append(self._take_layer(layer, config))
+            if release:
+                for module in layer.modules():
+                    for name in list(module._parameters):
+                        module._parameters[name] = None
+
+    @property
+    def description(self) -> str:
+        packed = isinstance(self._head, PackedLinear)
+        return f"own {self.name} forward" + (", prepacked weights" if packed else "")
+
+    def _take_layer(self, layer: Any, config: Any) -> Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        qk_norm = None
+        if hasattr(attention, "q_norm"):
+            qk_norm = torch.cat([
+                attention.q_norm.weight.detach().expand(self.num_heads, -1),
+                attention.k_norm.weight.detach().expand(self.num_kv_heads, -1),
+            ])  # fmt: skip
+        if type(attention).__name__.startswith("Mistral"):
+            window = getattr(config, "sliding_window", None)
+        else:
+            window = getattr(attention, "sliding_window", None)
+        return Layer(
+            input_norm=layer.input_layernorm.weight.detach(),
+            qkv=_merged(attention.q_proj, attention.k_proj, attention.v_proj),
+            qk_norm=qk_norm,
+            output=_merged(attention.o_proj),
+            post_norm=layer.post_attention_layernorm.weight.detach(),
+            gate_up=_merged(mlp.gate_proj, mlp.up_proj),
+            down=_merged(mlp.down_proj),
+            window=window,
+        )
+
+    def new_pool(self, capacity: int) -> KVPool:
+        """A pool that fits this model."""
+        return KVPool(
+            num_layers=self.num_layers,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            capacity=capacity,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    @torch.inference_mode()
+    def forward(self, chunks: Sequence[Chunk], pool: KVPool) -> torch.Tensor:
+        """Compute the chunks, store their keys and values in the pool.
+
+        Returns the logits (sum of num_logits, vocabulary), float32, chunk by chunk in the order
+        given.
+        """
+        plan = plan_attention(
+            chunks,
+            windows=[layer.window for layer in self._layers],
+            query_block=self._query_block,
+            device=self.device,
+        )
+        ordered = [chunks[index] for index in plan.order]
+        tokens = [token for chunk in ordered for token in chunk.tokens]
+        positions = [chunk.position + n for chunk in ordered for n in range(len(chunk.tokens))]
+        slots = self._slots(ordered)
+        cos, sin = self._rotation(positions)
+        x = self._embedding[torch.tensor(tokens, device=self.device)]  # (T, hidden)
+        for index, layer in enumerate(self._layers):
+            h = F.rms_norm(x, x.shape[1:], layer.input_norm, self.eps)
+            queries = self._project(layer, index, h, cos, sin, slots, pool)
+            mixed = attend(queries, pool, index, plan.groups[layer.window])
+            mixed = mixed.transpose(0, 1).reshape(x.shape[0], -1)  # (T, heads * D)
+            x = x + layer.output(mixed)
+            h = F.rms_norm(x, x.shape[1:], layer.post_norm, self.eps)
+            h = layer.gate_up(h)
+            h = F.silu(h[:, : self._intermediate]).mul_(h[:, self._intermediate :])
+            x = x + layer.down(h)
+        return self._logits(x, ordered, plan.order)
+
+    def _project(
+        self,
+        layer: Layer,
+        index: int,
+        h: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        slots: torch.Tensor | Extent,
+        pool: KVPool,
+    ) -> torch.Tensor:
+        """Store keys and values; return queries (kv heads, T, heads of a group, D), scaled."""
+        turned = self.num_heads + self.num_kv_heads
+        qkv = layer.qkv(h).view(h.shape[0], -1, self.head_dim)  # (T, heads + 2 kv heads, D)
+        qk = qkv[:, :turned]
+        if layer.qk_norm is not None:
+            qk = F.rms_norm(qk, (self.head_dim,), None, self.eps) * layer.qk_norm
+        # x cos + rotate_half(x) sin; the sign of the rotation is in `sin` already.
+        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
+        pool.write(index, slots, qk[:, self.num_heads :], qkv[:, turned:])
+        queries = qk[:, : self.num_heads] * self._scale
+        grouped = queries.view(h.shape[0], self.num_kv_heads, -1, self.head_dim)
+        return grouped.transpose(0, 1).contiguous()
+
+    def _slots(self, chunks: Sequence[Chunk]) -> torch.Tensor | Extent:
+        """Where the new keys go: an extent where they are neighbours, else every slot."""
+        extents: list[Extent] = []
+        for chunk in chunks:
+            left = len(chunk.tokens)
+            own: list[Extent] = []
+            for start, end in reversed(chunk.extents):
+                taken = min(left, end - start)
+                own.append((end - taken, end))
+                left -= taken
+                if not left:
+                    break
+            extents.extend(reversed(own))
+        if len(extents) == 1:
+            return extents[0]
+        listed = [slot for start, end in extents for slot in range(start, end)]
+        return torch.tensor(listed, device=self.device)
+
+    def _rotation(self, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and signed sin, each (T, 1, D)."""
+        at = torch.tensor(positions, dtype=torch.float32, device=self.device)
+        angles = at[:, None] * self._inv_freq  # (T, D / 2)
+        cos, sin = angles.cos() * self._rope_scale, angles.sin() * self._rope_scale
+        cos = torch.cat((cos, cos), dim=-1)[:, None]
+        sin = torch.cat((-sin, sin), dim=-1)[:, None]
+        return cos.to(self.dtype), sin.to(self.dtype)
+
+    def _logits(
+        self, x: torch.Tensor, ordered: Sequence[Chunk], order: Sequence[int]
+    ) -> torch.Tensor:
+        wanted: dict[int, range] = {}
+        end = 0
+        for index, chunk in zip(order, ordered, strict=True):
+            end += len(chunk.tokens)
+            wanted[index] = range(end - chunk.num_logits, end)
+        rows = [row for index in sorted(wanted) for row in wanted[index]]
+        if not rows:
+            return torch.empty(0, self.vocab_size, device=self.device)
+        last = x[torch.tensor(rows, device=self.device)]
+        last = F.rms_norm(last, last.shape[1:], self._norm, self.eps)
+        logits: torch.Tensor = self._head(last).float()
+        return logits
+
+
+def _merged(*linears: torch.nn.Linear) -> Linear | PackedLinear:
+    """One product in place of several that take the same input."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    biases = [linear.bias for linear in linears]
+    if all(bias is None for bias in biases):
+        return make_linear(weight)
+    filled = [
+        linear.weight.new_zeros(linear.out_features)
+        if linear.bias is None
+        else linear.bias.detach()
+        for linear in linears
+    ]
+    return make_linear(weight, torch.cat(filled))

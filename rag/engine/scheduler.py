@@ -1,0 +1,531 @@
+"""Which tokens the next forward computes: continuous batching over one pool of slots.
+
+Every step takes the decoding rows first and fills what is left of its token budget with pieces of
+prompts, the longest cached beginning first (Orca, Yu et al., 2022; chunked prefill as in
+Sarathi-Serve, Agrawal et al., 2024). Where slots run out, the youngest request is set back and
+computed again later. One background thread runs the steps; callers only wait for their events.
+"""
+
+from __future__ import annotations
+
+import atexit
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rag.engine.attention import Chunk
+from rag.engine.drafting import Drafter
+from rag.engine.interface import Event, FinishEvent, Request, TokenEvent
+from rag.engine.kvcache import (
+    CacheStats,
+    Extent,
+    Node,
+    PrefixCache,
+    common_prefix,
+    cut_extents,
+    extents_length,
+    join_extents,
+)
+from rag.engine.model import DecoderModel
+from rag.engine.sampling import Logits, Sampler
+from rag.engine.slots import check_request
+from rag.errors import GeneratorError
+
+_RESERVE = 256  # slots asked ahead for new tokens, so that a row's own tokens stay neighbours
+_WINDOW = 64  # waiting requests of one call that are looked at when a row is free
+_IDLE_SECONDS = 5.0  # the thread ends after this long without work; the next request starts one
+
+# A thread that the ending interpreter stops inside a forward would abort the whole process.
+_ENGINES: weakref.WeakSet[PooledEngine] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_engines() -> None:
+    for engine in list(_ENGINES):
+        engine.close()
+
+
+Reason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much one step takes on."""
+
+    step_tokens: int  # tokens of a step while nobody is decoding
+    busy_step_tokens: int  # and while somebody is: bounds how long prefill makes them wait
+    rows_per_call: int  # rows that one call of `generate` may hold
+    rows: int  # rows in all
+    draft_tokens: int  # proposed tokens of a step over all rows; 0 switches drafting off
+
+
+CPU_LIMITS = Limits(512, 160, rows_per_call=32, rows=48, draft_tokens=32)
+GPU_LIMITS = Limits(4096, 1024, rows_per_call=192, rows=256, draft_tokens=64)
+
+
+class Call:
+    """One call of `generate`: where its events go."""
+
+    def __init__(self) -> None:
+        self.events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
+        self.started = time.perf_counter()
+        self.running = 0
+
+
+@dataclass(slots=True)
+class Row:
+    """A request on its way. `tokens` are prompt and output; the first `computed` have their keys
+    and values in the slots `shared` (the tree's) and `own`, in that order."""
+
+    request: Request
+    call: Call
+    sampler: Sampler
+    tokens: list[int]
+    number: int
+    computed: int = 0
+    node: Node | None = None
+    shared: list[Extent] = field(default_factory=list)
+    num_shared: int = 0
+    own: list[Extent] = field(default_factory=list)
+    reused: int | None = None
+    first_token_at: float | None = None
+    drafter: Drafter | None = None
+    draft: list[int] = field(default_factory=list)
+    cancelled: bool = False
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def decodes(self) -> bool:
+        """Whether only its last token is left to compute."""
+        return self.computed == len(self.tokens) - 1 and self.new_tokens > 0
+
+    @property
+    def room(self) -> int:
+        """Tokens that its slots hold."""
+        return self.num_shared + extents_length(self.own)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counts since the engine was made."""
+
+    steps: int
+    computed_tokens: int
+    new_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
+    preemptions: int
+    waiting: int
+    running: int
+    cache: CacheStats
+
+
+class PooledEngine:
+    """Engine over our own forward: every request shares one pool, one tree and one loop."""
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        *,
+        context_length: int,
+        kv_tokens: int,
+        limits: Limits | None = None,
+    ) -> None:
+        self._model = model
+        self.device = str(model.device)
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.context_length = context_length
+        self.kv_tokens = max(kv_tokens, context_length)
+        self.limits = limits or (CPU_LIMITS if model.device.type == "cpu" else GPU_LIMITS)
+        self._pool = model.new_pool(self.kv_tokens)
+        self._cache = PrefixCache(self.kv_tokens)
+        self._waiting: list[Row] = []
+        self._running: list[Row] = []
+        self._numbers = 0
+        self._steps = self._computed = self._new = 0
+        self._drafted = self._accepted = self._preemptions = 0
+        # Guards the two lists and the thread; held only for moments, never through a forward.
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        _ENGINES.add(self)
+
+    @property
+    def description(self) -> str:
+        return f"{self._model.description}, {self.kv_tokens} tokens of shared KV cache"
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Event]:
+        """Run the requests and yield their events as they come. Closing the iterator cancels.
+
+        Raises GeneratorError at once where a request can't be run as it stands, and later where
+        the computation failed.
+        """
+        call = Call()
+        rows = []
+        for request in requests:
+            check_request(request, self.context_length)
+            low, high = min(request.prompt_ids), max(request.prompt_ids)
+            if low < 0 or high >= self._model.vocab_size:
+                raise GeneratorError(
+                    f"token ids from {low} to {high} do not fit a vocabulary of "
+                    f"{self._model.vocab_size}. Tokenizer and model do not belong together."
+                )
+            sampler = Sampler(request.sampling, request.prompt_ids)
+            drafter = Drafter() if self.limits.draft_tokens else None
+            rows.append(Row(request, call, sampler, list(request.prompt_ids), 0, drafter=drafter))
+        return self._events(call, rows)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request before its next token; its FinishEvent says "cancelled"."""
+        with self._wake:
+            for row in (*self._running, *self._waiting):
+                if row.request.id == request_id:
+                    row.cancelled = True
+
+    def stats(self) -> EngineStats:
+        """What has been done so far, and what is cached now."""
+        cache = self._cache
+        return EngineStats(
+            steps=self._steps,
+            computed_tokens=self._computed,
+            new_tokens=self._new,
+            drafted_tokens=self._drafted,
+            accepted_tokens=self._accepted,
+            preemptions=self._preemptions,
+            waiting=len(self._waiting),
+            running=len(self._running),
+            cache=CacheStats(
+                capacity=cache.capacity,
+                free=cache.free.total,
+                cached=cache.cached,
+                in_use=cache.in_use,
+                hit_tokens=cache.hit_tokens,
+                asked_tokens=cache.asked_tokens,
+                evicted_tokens=cache.evicted_tokens,
+                bytes=self._pool.bytes,
+            ),
+        )
+
+    def close(self) -> None:
+        """Stop behind the step in hand; requests that still run get an error. Idempotent."""
+        with self._wake:
+            self._stopping = True
+            thread = self._thread
+            self._wake.notify()
+        if thread is not None:
+            thread.join()
+
+    # callers' side
+
+    def _events(self, call: Call, rows: list[Row]) -> Iterator[Event]:
+        unfinished = len(rows)
+        self._submit(rows)
+        try:
+            while unfinished:
+                event = call.events.get()
+                if isinstance(event, GeneratorError):
+                    raise event
+                if isinstance(event, BaseException):
+                    raise GeneratorError(
+                        f"the computation failed: {type(event).__name__}: {event}. The request "
+                        "was dropped; the engine starts afresh with the next one."
+                    ) from event
+                unfinished -= isinstance(event, FinishEvent)
+                yield event
+        finally:
+            with self._wake:
+                for row in rows:
+                    row.cancelled = True
+
+    def _submit(self, rows: list[Row]) -> None:
+        with self._wake:
+            for row in rows:
+                self._numbers += 1
+                row.number = self._numbers
+            self._waiting.extend(rows)
+            if self._stopping:
+                raise GeneratorError("the engine was closed; load the generator again.")
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name="rag-engine", daemon=True)
+                self._thread.start()
+            self._wake.notify()
+
+    # the loop's side
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                if not (self._waiting or self._running or self._stopping):
+                    self._wake.wait(_IDLE_SECONDS)
+                if self._stopping or not (self._waiting or self._running):
+                    self._thread = None
+                    break
+            try:
+                self._step()
+            except BaseException as error:
+                self._fail(error)
+        if self._stopping:
+            self._fail(GeneratorError("the engine was closed while this request ran."))
+
+    def _fail(self, error: BaseException) -> None:
+        """Hand an error of the loop to every caller, and start afresh."""
+        with self._wake:
+            calls = {id(row.call): row.call for row in (*self._running, *self._waiting)}
+            self._running.clear()
+            self._waiting.clear()
+            # A forward that broke off leaves keys of some layers only.
+            self._cache.clear()
+        for call in calls.values():
+            call.events.put(error)
+
+    def _step(self) -> None:
+        self._drop_cancelled()
+        self._admit()
+        work = self._choose_work()
+        if not work:
+            return
+        chunks = [self._chunk(row, length) for row, length in work]
+        logits = Logits(self._model.forward(chunks, self._pool))
+        self._steps += 1
+        first = 0
+        for (row, _), chunk in zip(work, chunks, strict=True):
+            self._computed += len(chunk.tokens)
+            try:
+                self._advance(row, chunk, logits, first)
+            except GeneratorError as error:  # this row's logits are no numbers
+                self._end(row)
+                row.call.events.put(error)
+            first += chunk.num_logits
+
+    def _drop_cancelled(self) -> None:
+        with self._wake:
+            waiting = [row for row in self._waiting if row.cancelled]
+            self._waiting = [row for row in self._waiting if not row.cancelled]
+            running = [row for row in self._running if row.cancelled]
+        for row in waiting:
+            self._finish(row, "cancelled")
+        for row in running:
+            self._finish(row, "cancelled")
+
+    # admission
+
+    def _admit(self) -> None:
+        """Give free rows to waiting requests: the call with the fewest rows first, and within a
+        call the longest cached beginning, unless a running row is just computing more of it."""
+        while self._waiting and len(self._running) < self.limits.rows:
+            row = self._next_waiting()
+            if row is None or not self._start(row):
+                return
+            with self._wake:
+                self._waiting.remove(row)
+                self._running.append(row)
+            row.call.running += 1
+
+    def _next_waiting(self) -> Row | None:
+        with self._wake:
+            waiting = list(self._waiting)
+        by_call: dict[int, list[Row]] = {}
+        for row in waiting:
+            of_call = by_call.setdefault(id(row.call), [])
+            if len(of_call) < _WINDOW and row.call.running < self.limits.rows_per_call:
+                of_call.append(row)
+        prefilling = [row for row in self._running if not row.decodes]
+        candidates = sorted(filter(None, by_call.values()), key=lambda rows: rows[0].call.running)
+        for rows in candidates:
+            best: tuple[int, int, Row] | None = None
+            for row in rows:
+                cached = self._cache.match_length(row.tokens)
+                soon = max(
+                    (common_prefix(other.tokens, row.tokens) for other in prefilling), default=0
+                )
+                if soon > cached + 16:
+                    continue  # wait for what another row is about to share
+                if best is None or (cached, -row.number) > best[:2]:
+                    best = (cached, -row.number, row)
+            if best is not None:
+                return best[2]
+        return None
+
+    def _start(self, row: Row) -> bool:
+        """Find the row's cached beginning and slots for the rest. False: no slots now."""
+        # At least one token is always computed: its logits choose the next.
+        node, shared = self._cache.match(row.tokens[:-1])
+        row.num_shared = extents_length(shared)
+        remaining = len(row.tokens) - row.num_shared
+        ahead = min(_RESERVE, row.request.max_new_tokens - row.new_tokens)
+        after = shared[-1][1] if shared else None
+        own = self._cache.allocate(remaining + ahead, after=after)
+        if own is None and not self._running:
+            own = self._cache.allocate(remaining, after=after)
+        if own is None:
+            self._cache.release(node)
+            row.num_shared = 0
+            # Nobody runs who could free slots, and one request always fits into an empty pool.
+            assert self._running, "an empty pool is too small for one request"
+            return False
+        row.node, row.shared, row.own = node, shared, own
+        row.computed = row.num_shared
+        if row.reused is None:
+            row.reused = row.num_shared
+        return True
+
+    # work
+
+    def _choose_work(self) -> list[tuple[Row, int]]:
+        """(row, tokens to compute) of this step: every decoding row, then prompts."""
+        work: list[tuple[Row, int]] = []
+        decoding = [row for row in self._running if row.decodes]
+        drafts = self.limits.draft_tokens
+        for row in decoding:
+            if row not in self._running:
+                continue  # set back to make room for one before it
+            row.draft = []
+            if row.drafter is not None and drafts:
+                # The token after the draft is chosen too: leave it room within the maximum.
+                limit = min(drafts, row.request.max_new_tokens - row.new_tokens - 1)
+                row.draft = row.drafter.propose(row.tokens, limit)
+            if not self._ensure_room(row, len(row.tokens) + len(row.draft)):
+                continue
+            drafts -= len(row.draft)
+            work.append((row, 1 + len(row.draft)))
+        work = [(row, length) for row, length in work if row in self._running]
+        budget = self.limits.busy_step_tokens if work else self.limits.step_tokens
+        budget -= sum(length for _, length in work)
+        prefilling = [row for row in self._running if not row.decodes]
+        # Small calls before large ones, then the fewest left: a question overtakes a batch.
+        for row in sorted(
+            prefilling, key=lambda row: (row.call.running, len(row.tokens) - row.computed)
+        ):
+            if budget <= 0:
+                break
+            length = min(budget, len(row.tokens) - row.computed)
+            row.draft = []
+            work.append((row, length))
+            budget -= length
+        return work
+
+    def _ensure_room(self, row: Row, length: int) -> bool:
+        """Slots for the row's first `length` tokens, setting younger rows back if need be.
+
+        False: the row itself was set back.
+        """
+        while row.room < length:
+            after = row.own[-1][1] if row.own else None
+            missing = length - row.room
+            ahead = min(_RESERVE, row.request.max_new_tokens + row.prompt_length - length)
+            more = self._cache.allocate(missing + max(0, ahead), after=after)
+            if more is None:
+                more = self._cache.allocate(missing, after=after)
+            if more is not None:
+                row.own = join_extents([*row.own, *more])
+                return True
+            youngest = max(self._running, key=lambda other: other.number)
+            self._set_back(youngest)
+            if youngest is row:
+                return False
+        return True
+
+    def _set_back(self, row: Row) -> None:
+        """Preempt: give up the row's slots; it waits and is computed again, output kept."""
+        self._preemptions += 1
+        self._free(row, keep=False)
+        row.call.running -= 1
+        with self._wake:
+            self._running.remove(row)
+            self._waiting.insert(0, row)
+
+    def _chunk(self, row: Row, length: int) -> Chunk:
+        end = row.computed + length
+        tokens = [*row.tokens, *row.draft][row.computed : end]
+        extents, _ = cut_extents([*row.shared, *row.own], end)
+        complete = end >= len(row.tokens)
+        num_logits = 0 if not complete else 1 + len(row.draft)
+        return Chunk(tokens, row.computed, join_extents(extents), num_logits)
+
+    # results
+
+    def _advance(self, row: Row, chunk: Chunk, logits: Logits, first: int) -> None:
+        """Take in a computed chunk, whose logits begin at row `first`: share prompt tokens, choose
+        new ones, tell the caller."""
+        before = row.computed
+        row.computed += len(chunk.tokens) - len(row.draft)
+        if before < row.prompt_length:
+            self._share(row, min(row.computed, row.prompt_length))
+        if not chunk.num_logits:
+            return
+        draft, row.draft = row.draft, []
+        accepted = 0
+        for index in range(chunk.num_logits):
+            token, logprob = row.sampler.choose_from(logits, first + index)
+            if row.first_token_at is None:
+                row.first_token_at = time.perf_counter()
+            if token in row.request.stop_ids:
+                self._finish(row, "stop")
+                break
+            row.tokens.append(token)
+            self._new += 1
+            row.call.events.put(TokenEvent(row.request.id, token, logprob))
+            if row.new_tokens >= row.request.max_new_tokens:
+                self._finish(row, "length")
+                break
+            # The draft was computed as if it were right; it goes on counting while it is.
+            if index >= len(draft) or draft[index] != token:
+                break
+            row.computed += 1
+            accepted += 1
+        self._drafted += len(draft)
+        self._accepted += accepted
+        if row.drafter is not None:
+            row.drafter.learn(len(draft), accepted, len(row.tokens))
+
+    def _share(self, row: Row, length: int) -> None:
+        """Hand the slots of the row's first `length` tokens to the tree, for everybody."""
+        own, rest = cut_extents(row.own, length - row.num_shared)
+        node, row.shared = self._cache.insert(row.tokens[:length], own)
+        if row.node is not None:
+            self._cache.release(row.node)
+        row.node, row.num_shared, row.own = node, length, rest
+
+    def _free(self, row: Row, *, keep: bool) -> None:
+        """Give up the row's slots; with `keep`, what is computed stays cached in the tree."""
+        if row.node is None:
+            return
+        if keep and row.computed > row.num_shared:
+            self._share(row, row.computed)
+        self._cache.give_back(row.own)
+        self._cache.release(row.node)
+        row.node, row.own, row.shared, row.num_shared, row.computed = None, [], [], 0, 0
+
+    def _end(self, row: Row) -> None:
+        self._free(row, keep=True)
+        if row in self._running:
+            with self._wake:
+                self._running.remove(row)
+            row.call.running -= 1
+
+    def _finish(self, row: Row, reason: Reason) -> None:
+        self._end(row)
+        now = time.perf_counter()
+        first = row.first_token_at if row.first_token_at is not None else now
+        row.call.events.put(
+            FinishEvent(
+                request_id=row.request.id,
+                reason=reason,
+                prompt_tokens=row.prompt_length,
+                reused_tokens=row.reused or 0,
+                new_tokens=row.new_tokens,
+                seconds_to_first_token=first - row.call.started,
+                seconds=now - row.call.started,
+            )
+        )

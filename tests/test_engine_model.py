@@ -1,0 +1,165 @@
+"""Our forward gives what transformers gives, however rows and chunks are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from rag.engine.attention import Chunk, plan_attention
+from rag.engine.kvcache import KVPool
+from rag.engine.linear import Linear, PackedLinear, make_linear, packs
+from rag.engine.model import DecoderModel, why_unsupported
+from tests.tiny_models import make_random_model
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama3 rope": ("llama", {"rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
+    "linear rope": ("llama", {"rope_parameters": {
+        "rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    "yarn rope": ("qwen3", {"rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+        "original_max_position_embeddings": 128}}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral with a window": ("mistral", {"sliding_window": 16}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 with windows in its upper layers": ("qwen2", {
+        "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {}),
+    "one key head": ("llama", {"num_key_value_heads": 1}),
+    "as many key heads as queries": ("llama", {"num_key_value_heads": 4}),
+}  # fmt: skip
+
+
+def random_tokens(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return [int(token) for token in torch.randint(8, 408, (length,), generator=generator)]
+
+
+def expected_logits(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(torch.tensor([tokens])).logits[0]
+    return logits
+
+
+def forward(model: DecoderModel, chunks: list[Chunk], pool: KVPool) -> Sequence[torch.Tensor]:
+    """The logits of each chunk."""
+    return model.forward(chunks, pool).split([chunk.num_logits for chunk in chunks])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_forward_equals_transformers(variant: str) -> None:
+    """Three rows: a prompt at once, one in three chunks over scattered slots, and one that shares
+    the first 30 tokens of the second and goes on with a short chunk of 4."""
+    family, changes = VARIANTS[variant]
+    model = make_random_model(family, **changes)
+    assert why_unsupported(model) is None
+    ours = DecoderModel(model)
+    pool = ours.new_pool(400)
+    first, second = random_tokens(60, 1), random_tokens(70, 2)
+    third = [*second[:30], *random_tokens(4, 3)]
+    scattered = [(100, 130), (200, 225), (150, 170)]  # 75 slots
+    ours.forward([Chunk(second[:30], 0, [(100, 130)], 0)], pool)
+    results = forward(
+        ours,
+        [
+            Chunk(first, 0, [(0, 60)], 60),
+            Chunk(third[30:], 30, [(100, 130), (300, 304)], 4),
+            Chunk(second[30:66], 30, [(100, 130), (200, 225), (150, 161)], 36),
+        ],
+        pool,
+    )
+    torch.testing.assert_close(results[0], expected_logits(model, first), atol=2e-3, rtol=1e-4)
+    torch.testing.assert_close(results[1], expected_logits(model, third)[30:], atol=2e-3, rtol=1e-4)
+    torch.testing.assert_close(
+        results[2], expected_logits(model, second)[30:66], atol=2e-3, rtol=1e-4
+    )
+    # Now all three decode together.
+    first, second, third = [*first, 9], second[:67], [*third, 10]
+    results = forward(
+        ours,
+        [
+            Chunk(first[60:], 60, [(0, 61)]),
+            Chunk(second[66:], 66, [*scattered[:2], (150, 162)]),
+            Chunk(third[34:], 34, [(100, 130), (300, 305)]),
+        ],
+        pool,
+    )
+    for result, tokens in zip(results, (first, second, third), strict=True):
+        torch.testing.assert_close(
+            result, expected_logits(model, tokens)[-1:], atol=2e-3, rtol=1e-4
+        )
+
+
+def test_rows_that_share_slots_multiply_with_them_once() -> None:
+    # Rows 0 and 2 share slots 0-50; row 2 reads on next to them, row 0 elsewhere; row 1 is alone.
+    chunks = [
+        Chunk([1], 54, [(0, 50), (90, 95)]),
+        Chunk([1], 9, [(200, 210)]),
+        Chunk([1, 2], 50, [(0, 52)]),
+    ]
+    plan = plan_attention(chunks, windows=[None], query_block=256, device=torch.device("cpu"))
+    (group,) = plan.groups[None]
+    assert plan.order == (0, 2, 1)
+    parts = {(p.begin, p.end, p.column, p.slot, p.length) for p in group.parts}
+    assert parts == {
+        (0, 3, 0, 0, 50),  # the shared run, read once for all three tokens
+        (0, 1, 50, 90, 5),
+        (1, 3, 50, 50, 2),
+        (3, 4, 0, 200, 10),
+    }
+    assert group.width == 55
+    assert group.mask is not None and group.mask_from == 10
+    visible = (~group.mask[:, 0]).sum(1).tolist()
+    assert visible == [45, 41, 42, 0]  # of columns 10 to 54, for positions 54, 50, 51 and 9
+
+
+def test_bfloat16_stays_within_a_bound_of_transformers() -> None:
+    model = make_random_model("qwen3", initializer_range=0.05).bfloat16()
+    exact = make_random_model("qwen3", initializer_range=0.05)
+    tokens = random_tokens(60, 1)
+    ours = DecoderModel(model)
+    logits = ours.forward([Chunk(tokens, 0, [(0, 60)], 60)], ours.new_pool(64))
+    true = expected_logits(exact, tokens)
+    theirs = (expected_logits(model, tokens).float() - true).abs().max()
+    assert (logits - true).abs().max() < 1.5 * theirs  # no worse than transformers' own rounding
+
+
+def test_what_the_forward_cannot_run_is_said() -> None:
+    gelu = make_random_model("llama", hidden_act="gelu")
+    assert why_unsupported(gelu) == "activation gelu"
+    dynamic = make_random_model(
+        "llama",
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    )
+    assert why_unsupported(dynamic) == "RoPE type dynamic changes with the length"
+    assert why_unsupported(object()) == "object is not of the Llama family"
+
+
+def test_releasing_gives_the_weights_up() -> None:
+    model = make_random_model("llama")
+    tokens = random_tokens(20, 1)
+    expected = expected_logits(model, tokens)
+    ours = DecoderModel(model, release=True)
+    logits = ours.forward([Chunk(tokens, 0, [(0, 20)], 20)], ours.new_pool(64))
+    torch.testing.assert_close(logits, expected, atol=2e-3, rtol=1e-4)
+    assert not list(model.model.layers.parameters())
+
+
+def test_prepacked_products_equal_plain_ones() -> None:
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(96, 64), torch.randn(96), torch.randn(5, 64)
+    plain = make_linear(weight, bias)
+    assert isinstance(plain, Linear)  # float32 is never packed
+    if not packs():
+        pytest.skip("this PyTorch has no oneDNN prepacking")
+    packed = make_linear(weight.bfloat16(), bias.bfloat16())
+    assert isinstance(packed, PackedLinear)
+    expected = Linear(weight.bfloat16(), bias.bfloat16())(x.bfloat16())
+    assert torch.equal(packed(x.bfloat16()), expected)
