@@ -41,6 +41,8 @@ _COMPOUND_HEADS = frozenset("self well non high low long short end state open re
 _CAPITALS = re.compile(r"(?:[IVXLC]{1,6}\.|\d{1,2}(?:\.\d{1,2})*\.?)?\s*[A-Z][A-Z &,:'/-]{3,79}")
 
 _EDGE_LINES = 3  # at the top and the bottom of a page, where running heads and feet stand
+_MARGIN = 0.12  # of the page's height, within which a line can be one of them
+_NUMBER_MARGIN = 0.18  # the same for a page number
 _RUNNING_SHARE = 0.3  # of the pages on which a line must come back to be a running head
 _MAX_TITLE = 160  # characters of a heading
 _LARGER = 1.13  # times the size of running text, for a line to be a heading
@@ -159,33 +161,29 @@ def _drop_running_lines(pages: Sequence[PageText]) -> None:
     seen: dict[tuple[str, int], set[int]] = defaultdict(set)
     numbered: set[int] = set()
     for page in pages:
-        for line in _edge_lines(page):
+        for line in _edge_lines(page, _MARGIN):
             seen[_running_key(line)].add(page.number)
-            if _PAGE_NUMBER.fullmatch(line.text):
-                numbered.add(page.number)
+        if any(_PAGE_NUMBER.fullmatch(line.text) for line in _edge_lines(page, _NUMBER_MARGIN)):
+            numbered.add(page.number)
     needed = max(2 if len(pages) < 6 else 3, int(_RUNNING_SHARE * len(pages)))
     running = {key for key, numbers in seen.items() if len(numbers) >= needed}
     has_numbers = len(numbered) >= max(2, len(pages) // 3)
     for page in pages:
-        edges = {id(line) for line in _edge_lines(page)}
-        page.lines = [
-            line
-            for line in page.lines
-            if not (
-                id(line) in edges
-                and (
-                    _running_key(line) in running
-                    or has_numbers and _PAGE_NUMBER.fullmatch(line.text)
-                )
-            )
-        ]
+        dropped = {
+            id(line) for line in _edge_lines(page, _MARGIN) if _running_key(line) in running
+        }
+        if has_numbers:
+            edge = _edge_lines(page, _NUMBER_MARGIN)
+            dropped |= {id(line) for line in edge if _PAGE_NUMBER.fullmatch(line.text)}
+        page.lines = [line for line in page.lines if id(line) not in dropped]
 
 
-def _edge_lines(page: PageText) -> list[Line]:
+def _edge_lines(page: PageText, margin: float) -> list[Line]:
     """The uppermost and the lowest lines, and only where they stand in the page's margins."""
     by_height = sorted(page.lines, key=lambda line: -line.y1)
-    top = [line for line in by_height[:_EDGE_LINES] if line.y0 > 0.82 * page.height]
-    bottom = [line for line in by_height[-_EDGE_LINES:] if line.y1 < 0.18 * page.height]
+    low, high = margin * page.height, (1 - margin) * page.height
+    top = [line for line in by_height[:_EDGE_LINES] if line.y0 > high]
+    bottom = [line for line in by_height[-_EDGE_LINES:] if line.y1 < low]
     return top + bottom
 
 

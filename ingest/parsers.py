@@ -150,7 +150,7 @@ class _Worker:
         search = os.pathsep.join(filter(None, [project, os.environ.get("PYTHONPATH")]))
         # Not multiprocessing: it would run the caller's own program again in the child.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "ingest.worker", str(limits.memory_mb)],
+            [sys.executable, "-P", "-m", "ingest.worker", str(limits.memory_mb)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"},
         )

@@ -93,7 +93,7 @@ class _Piece:
         elif self.kind == "table":
             builder.add_table(self.rows)
         elif self.kind == "item":
-            builder.add_paragraph(self.text, "\n")
+            builder.add_text(self.text, "\n")
         elif self.kind == "code":
             builder.add_text(self.text.strip("\n"))
         else:
@@ -276,9 +276,8 @@ class _Page:
         elif self._marker or self._lists:
             indent = "  " * (len(self._lists) - 1)
             piece = _Piece("item", f"{indent}{self._marker}{text}")
-            is_first = not (self.pieces and self.pieces[-1].kind == "item")
-            piece.kind = "first item" if is_first else "item"
-            piece.text = piece.text if not is_first else piece.text.lstrip()
+            if not self.pieces or self.pieces[-1].kind not in ("item", "first item"):
+                piece = _Piece("first item", piece.text.lstrip())
         else:
             piece = _Piece("paragraph", text)
         self._marker = ""
@@ -308,7 +307,9 @@ class _Page:
     def _end_table(self) -> None:
         text = clean_line(self._take_words())
         table = self._tables.pop()
-        if text and table.rows and table.rows[-1] is not None:
+        if text:
+            if not table.rows:
+                table.rows.append([])
             table.rows[-1].append(text)
         widest = max((len(row) for row in table.rows), default=0)
         if widest <= 1:  # a table used for layout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ingest.encoding import decode_text
+from ingest.encoding import decode_text, is_binary
 from ingest.outline import find_numbered_headings
 from rag.document import Document, Heading
 from rag.errors import LoadError
@@ -31,6 +31,8 @@ class TextLoader:
 def read_text(file: Path) -> tuple[str, list[str]]:
     """The file's text with line ends as \\n, and what the user should know about it."""
     data = file.read_bytes()
+    if is_binary(data):
+        raise LoadError("this is not text, whatever its name says; it holds binary data.")
     decoded = decode_text(data)
     text = normalise_lines(decoded.text)
     warnings = []

@@ -1,0 +1,383 @@
+"""Loaders: from real bytes of every format to the text a reader sees. No file is shipped."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import docx
+import pytest
+
+from ingest.encoding import decode_text
+from ingest.loaders import find_loader, load_document, why_skipped
+from ingest.outline import find_numbered_headings
+from rag.document import Document
+from rag.errors import LoadError
+
+SIMPLIFIED = "缓存把每个词元的键和值留在显存里，所以下一步只算新的词元。"
+TRADITIONAL = "快取把每個詞元的鍵和值留在顯示記憶體裡，所以下一步只算新的詞元。"
+JAPANESE = "キャッシュは各トークンのキーと値を保持します。だから次の計算は新しいものだけです。"
+
+
+def load(folder: Path, name: str, content: str | bytes) -> Document:
+    file = folder / name
+    file.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    return load_document(file, name)
+
+
+def titles(document: Document) -> list[tuple[int, str]]:
+    for heading in document.headings:
+        assert 0 <= heading.start < len(document.text)
+    return [(heading.level, heading.title) for heading in document.headings]
+
+
+# encodings --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        (SIMPLIFIED, "utf-8"), (SIMPLIFIED, "utf-8-sig"), (SIMPLIFIED, "utf-16"),
+        (SIMPLIFIED, "gb18030"), (SIMPLIFIED, "gbk"), (SIMPLIFIED[:8], "gb18030"),
+        (TRADITIONAL, "big5"), (TRADITIONAL[:8], "big5"), (TRADITIONAL, "utf-8"),
+        (JAPANESE, "shift_jis"), (JAPANESE, "utf-16"),
+        ("Le café coûte déjà très cher à Besançon, où l'été est né.", "latin-1"),
+        ("“Smart quotes” and a dash — in café.", "cp1252"),
+        ("plain ascii text", "ascii"), ("plain ascii text", "utf-16-le"),
+        ("中英 mixed 文本 with words，以及标点。", "gb18030"),
+        ("第一章 总则", "gb18030"), ("你好", "gb18030"), ("你好，世界", "big5"),
+    ],
+)
+def test_the_encoding_is_found_out(text: str, encoding: str) -> None:
+    assert decode_text(text.encode(encoding)).text == text
+
+
+def test_a_torn_last_character_does_not_change_the_encoding() -> None:
+    decoded = decode_text((SIMPLIFIED * 2).encode("utf-8")[:-1])
+    assert decoded.encoding == "utf-8"
+    assert decoded.text.startswith(SIMPLIFIED)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="not text"):
+        load(tmp_path, "a.txt", bytes(range(128, 256)) * 40 + b"\xff\xfe\x00" * 50)
+
+
+def test_a_guessed_encoding_is_said(tmp_path: Path) -> None:
+    document = load(tmp_path, "a.txt", SIMPLIFIED.encode("gb18030"))
+    assert document.text == SIMPLIFIED
+    assert document.warnings == ("encoding taken to be gb18030",)
+
+
+# text and markdown ------------------------------------------------------------------------------
+
+
+def test_text_is_the_files_own_with_line_ends_made_one(tmp_path: Path) -> None:
+    assert load(tmp_path, "a.txt", "one\r\ntwo\rthree\n").text == "one\ntwo\nthree\n"
+
+
+def test_an_empty_file_has_no_text_and_a_warning(tmp_path: Path) -> None:
+    for name in ("a.txt", "a.md", "a.html", "a.pdf"):
+        document = load(tmp_path, name, b"")
+        assert document.text == ""
+        assert document.warnings, name
+
+
+def test_markdown_headings_are_not_looked_for_in_code(tmp_path: Path) -> None:
+    text = "# Real\n\n```python\n# a comment\n```\n\n~~~\n## no\n```\n~~~\n\n    # indented code\n\n## Also real ##\n"
+    document = load(tmp_path, "a.md", text)
+    assert document.text == text
+    assert titles(document) == [(1, "Real"), (2, "Also real")]
+    assert all(text.startswith("#", heading.start) for heading in document.headings)
+
+
+def test_underlined_headings_count(tmp_path: Path) -> None:
+    document = load(tmp_path, "a.md", "Title\n=====\n\ntext\n\nPart\n----\n\nlong text\ngoes on\n---\n")
+    assert titles(document) == [(1, "Title"), (2, "Part")]
+    assert document.title == "Title"
+
+
+def test_front_matter_gives_the_title_and_stays_in_the_text(tmp_path: Path) -> None:
+    text = "---\ntitle: 旋转位置编码\ntags: [rope]\n---\n\n# RoPE\n\n正文。\n"
+    document = load(tmp_path, "a.md", text)
+    assert (document.title, document.text) == ("旋转位置编码", text)
+    assert titles(document) == [(1, "RoPE")]
+
+
+def test_marks_are_taken_off_titles(tmp_path: Path) -> None:
+    document = load(tmp_path, "a.md", "# **Bold** and `code` and [a link](http://x.y) {#id}\n")
+    assert titles(document) == [(1, "Bold and code and a link")]
+
+
+# numbered headings ------------------------------------------------------------------------------
+
+
+LAW = """\
+目 录
+
+第一编 总 则
+
+第一章 基本规定
+
+第二章 自然人
+
+第一编 总 则
+
+第一章 基本规定
+
+第一条 为了保护权益，制定本法。
+
+第二条 本法调整平等主体之间的关系。
+
+第二章 自然人
+
+第三条 依照第一条规定的原则办理。
+第四条规定的情形除外。
+"""
+
+
+def test_a_contents_list_is_not_taken_for_headings() -> None:
+    found = find_numbered_headings(LAW)
+    assert [(heading.level, heading.title) for heading in found] == [
+        (1, "第一编 总则"), (2, "第一章 基本规定"), (3, "第一条"), (3, "第二条"),
+        (2, "第二章 自然人"), (3, "第三条"),
+    ]
+    assert found[0].start == LAW.rindex("第一编")
+    assert found[2].start == LAW.index("第一条 为了")
+
+
+def test_english_chapters_and_articles_count() -> None:
+    text = "PART I\n\nChapter 1. Scope\n\nSection 2 Terms\n\nThis act applies.\n\nChapter 2\n\nMore text."
+    assert [(h.level, h.title) for h in find_numbered_headings(text)] == [
+        (1, "PART I"), (2, "Chapter 1. Scope"), (3, "Section 2 Terms"), (2, "Chapter 2"),
+    ]
+
+
+# html -------------------------------------------------------------------------------------------
+
+
+def test_html_is_read_as_a_reader_sees_it(tmp_path: Path) -> None:
+    page = """<!DOCTYPE html><html><head><title>The  cache</title><style>p {color: red}</style>
+    <script>var hidden = 1;</script></head><body><nav><a href="/">Home</a> About</nav>
+    <header>Site name</header><main><h1>KV cache</h1><p>Keys and <b>values</b>
+    stay.</p><ul><li>one</li><li>two<ol><li>inner</li></ol></li></ul>
+    <h2>Sizes</h2><table><tr><th>Model</th><th>MB</th></tr><tr><td>small</td><td>1|2</td></tr></table>
+    <pre>a = 1
+    b = 2</pre><p style="display: none">secret</p><p hidden>secret</p></main>
+    <footer>Imprint</footer></body></html>"""
+    document = load(tmp_path, "a.html", page)
+    assert document.title == "The cache"
+    assert document.text == (
+        "KV cache\n\nKeys and values stay.\n\n- one\n- two\n  1. inner\n\nSizes\n\n"
+        "| Model | MB |\n| --- | --- |\n| small | 1\\|2 |\n\na = 1\n    b = 2"
+    )
+    assert titles(document) == [(1, "KV cache"), (2, "Sizes")]
+
+
+def test_html_without_structure_keeps_all_its_text(tmp_path: Path) -> None:
+    document = load(tmp_path, "a.htm", "just <i>words</i><br>and more & more &eacute;")
+    assert document.text == "just words\nand more & more é"
+
+
+@pytest.mark.parametrize(("charset", "text"), [("gb2312", SIMPLIFIED), ("big5", TRADITIONAL)])
+def test_the_charset_a_page_declares_is_used(tmp_path: Path, charset: str, text: str) -> None:
+    page = f'<html><head><meta charset="{charset}"></head><body><p>{text}</p></body></html>'
+    assert load(tmp_path, "a.html", page.encode(charset)).text == text
+
+
+def test_a_megabyte_of_nested_tags_is_survived(tmp_path: Path) -> None:
+    for tag in ("div", "b", "table", "ul"):
+        page = f"<{tag}>" * 50_000 + "the middle" + f"</{tag}>" * 50_000 + "<p>the end</p>"
+        text = load(tmp_path, "a.html", page).text
+        assert "the middle" in text, tag
+        assert "the end" in text, tag
+
+
+# docx -------------------------------------------------------------------------------------------
+
+
+def test_word_documents_are_read_in_order(tmp_path: Path) -> None:
+    source = docx.Document()
+    source.core_properties.title = "量化"
+    source.add_heading("量化的原理", level=1)
+    source.add_paragraph("把权重存成八位整数。")
+    source.add_paragraph("first", style="List Bullet")
+    source.add_paragraph("second", style="List Bullet")
+    table = source.add_table(rows=2, cols=2)
+    for cell, text in zip((c for row in table.rows for c in row.cells), ["Bits", "MB", "8", "900"]):
+        cell.text = text
+    source.add_heading("Limits", level=2)
+    source.add_paragraph("Outliers hurt.\nA line of its own.")
+    source.save(str(tmp_path / "a.docx"))
+    document = load_document(tmp_path / "a.docx", "a.docx")
+    assert document.title == "量化"
+    assert document.text == (
+        "量化的原理\n\n把权重存成八位整数。\n\n- first\n- second\n\n| Bits | MB |\n| --- | --- |\n"
+        "| 8 | 900 |\n\nLimits\n\nOutliers hurt.\nA line of its own."
+    )
+    assert titles(document) == [(1, "量化的原理"), (2, "Limits")]
+
+
+def test_a_docx_that_is_not_one_says_so(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="not a Word document"):
+        load(tmp_path, "a.docx", b"just text")
+    with pytest.raises(LoadError, match="password-protected or was saved by an old"):
+        load(tmp_path, "b.docx", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600))
+    with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive:
+        archive.writestr("hello.txt", "hello")
+    with pytest.raises(LoadError, match="not a Word document"):
+        load(tmp_path, "c.docx", (tmp_path / "c.zip").read_bytes())
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.docx", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("word/document.xml", b"\0" * (60 << 20))
+    with pytest.raises(LoadError, match="zip bomb"):
+        load_document(tmp_path / "a.docx", "a.docx")
+
+
+# pdf --------------------------------------------------------------------------------------------
+
+
+def write_pdf(file: Path, pages: list[list[tuple[float, float, str]]], **options: object) -> None:
+    """Pages of (x, y, line) in points from the lower left corner; 11-point type."""
+    from reportlab.pdfbase import pdfmetrics
+    from reportlab.pdfbase.cidfonts import UnicodeCIDFont
+    from reportlab.pdfgen.canvas import Canvas
+
+    pdfmetrics.registerFont(UnicodeCIDFont("STSong-Light"))
+    canvas = Canvas(str(file), pagesize=(595, 842), **options)
+    for lines in pages:
+        for x, y, text in lines:
+            size = 18 if text.startswith("#") else 11
+            canvas.setFont("Helvetica" if text.isascii() else "STSong-Light", size)
+            canvas.drawString(x, y, text.lstrip("# "))
+        canvas.showPage()
+    canvas.save()
+
+
+def column(lines: list[str], *, top: float = 700, x: float = 72) -> list[tuple[float, float, str]]:
+    return [(x, top - 16 * number, line) for number, line in enumerate(lines)]
+
+
+def test_wrapped_english_lines_are_joined_and_hyphens_taken_out(tmp_path: Path) -> None:
+    lines = [
+        "The cache keeps the keys and the values of all tokens that were read before, so that",
+        "every step computes the new token only. It grows with the length of the conver-",
+        "sation, and its size is known before the first word is read by the model.",
+    ]
+    write_pdf(tmp_path / "a.pdf", [column(lines)])
+    document = load_document(tmp_path / "a.pdf", "a.pdf")
+    assert document.text == (
+        "The cache keeps the keys and the values of all tokens that were read before, so that "
+        "every step computes the new token only. It grows with the length of the conversation, "
+        "and its size is known before the first word is read by the model."
+    )
+    assert [(page.number, page.start, page.end) for page in document.pages] == [
+        (1, 0, len(document.text))
+    ]
+
+
+def test_wrapped_chinese_lines_are_joined_without_a_space(tmp_path: Path) -> None:
+    line = "键值缓存保存所有词元的键和值于是每一步只需要计算新的词元并且显存"
+    write_pdf(tmp_path / "a.pdf", [column([line, line, "占用随长度线性增长。"])])
+    assert load_document(tmp_path / "a.pdf", "a.pdf").text == line + line + "占用随长度线性增长。"
+
+
+def test_each_article_starts_a_paragraph(tmp_path: Path) -> None:
+    line = "第一条 为了保护当事人的合法权益维护社会和经济秩序根据宪法制定本"
+    lines = [line, "法。", "第二条 本法适用于一切合同。", "第三条 本法自公布之日起施行。"]
+    write_pdf(tmp_path / "a.pdf", [column(lines)])
+    document = load_document(tmp_path / "a.pdf", "a.pdf")
+    assert document.text == "\n\n".join([line + "法。", *lines[2:]])
+    assert titles(document) == [(1, "第一条"), (1, "第二条"), (1, "第三条")]
+
+
+def test_running_heads_and_page_numbers_are_dropped_and_pages_kept(tmp_path: Path) -> None:
+    pages = [
+        [(72, 800, f"Annual Report 2024, page {n} of 6"), (290, 40, str(n)),
+         *column([f"This is what stands on page {n} and nowhere else."])]
+        for n in range(1, 7)
+    ]
+    write_pdf(tmp_path / "a.pdf", pages)
+    document = load_document(tmp_path / "a.pdf", "a.pdf")
+    assert "Annual" not in document.text
+    paragraphs = document.text.split("\n\n")
+    assert paragraphs == [f"This is what stands on page {n} and nowhere else." for n in range(1, 7)]
+    for n in range(1, 7):
+        assert document.page_at(document.text.index(f"page {n} ")) == n
+
+
+def test_a_sentence_goes_on_over_the_page_break(tmp_path: Path) -> None:
+    first = ["A paragraph of some length that fills the line up to the right-hand edge of the page",
+             "and that is not at its end yet when the page is full, because the sentence goes over"]
+    second = ["to the next page, where it ends.", "A second paragraph stands here by itself, after it."]
+    pages = [column(first), [*column(second[:1]), (72, 650, second[1])]]
+    write_pdf(tmp_path / "a.pdf", pages)
+    document = load_document(tmp_path / "a.pdf", "a.pdf")
+    assert document.text == " ".join([*first, second[0]]) + "\n\n" + second[1]
+    assert document.page_at(document.text.index("because")) == 1
+    assert document.page_at(document.text.index("to the next")) == 2
+
+
+def test_large_type_makes_headings(tmp_path: Path) -> None:
+    page = [(72, 700, "# Key-value cache"),
+            *column(["The cache keeps keys and values of all tokens, so that a step is quick.",
+                     "It is freed at the end."], top=660),
+            (72, 600, "# Its size"), *column(["Two numbers for each layer, head and token."], top=570)]
+    write_pdf(tmp_path / "a.pdf", [page])
+    document = load_document(tmp_path / "a.pdf", "a.pdf")
+    assert titles(document) == [(1, "Key-value cache"), (1, "Its size")]
+
+
+def test_a_pdf_with_a_password_says_so(tmp_path: Path) -> None:
+    from reportlab.lib.pdfencrypt import StandardEncryption
+
+    secret = StandardEncryption("secret", strength=128)
+    write_pdf(tmp_path / "a.pdf", [column(["hidden"])], encrypt=secret)
+    with pytest.raises(LoadError, match="^password-protected"):
+        load_document(tmp_path / "a.pdf", "a.pdf")
+    open_to_all = StandardEncryption("", "owner", strength=128)
+    write_pdf(tmp_path / "b.pdf", [column(["Text that may be read by anyone."])], encrypt=open_to_all)
+    document = load_document(tmp_path / "b.pdf", "b.pdf")
+    assert document.text == "Text that may be read by anyone."
+    assert document.warnings == ("encrypted, but its text can be read without a password",)
+
+
+def test_scanned_and_empty_pages_are_told_apart(tmp_path: Path) -> None:
+    from PIL import Image
+    from reportlab.pdfgen.canvas import Canvas
+
+    Image.new("L", (60, 80), 200).save(tmp_path / "scan.png")
+    canvas = Canvas(str(tmp_path / "a.pdf"), pagesize=(595, 842))
+    canvas.drawImage(str(tmp_path / "scan.png"), 0, 0, 595, 842)
+    canvas.showPage()
+    canvas.drawString(72, 700, "One page has text on it.")
+    canvas.showPage()
+    canvas.showPage()
+    canvas.save()
+    document = load_document(tmp_path / "a.pdf", "a.pdf")
+    assert document.text == "One page has text on it."
+    assert [page.number for page in document.pages] == [1, 2, 3]
+    assert document.page_at(0) == 2
+    assert document.warnings == (
+        "1 of 3 pages is scanned, a picture without text; OCR would be needed (page 1)",
+        "1 of 3 pages is empty (page 3)",
+    )
+
+
+def test_a_damaged_pdf_says_so(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="not a PDF, or it is damaged"):
+        load(tmp_path, "a.pdf", b"%PDF-1.7\nbroken")
+
+
+# which loader -----------------------------------------------------------------------------------
+
+
+def test_files_are_known_by_their_suffix_whatever_its_case() -> None:
+    assert find_loader("A.PDF") is find_loader("b.pdf") is not None
+    assert find_loader("README") is find_loader("a.txt")
+    assert find_loader("photo.jpg") is None
+    assert "OCR" in why_skipped("photo.jpg")
+    assert why_skipped("old.doc") == ".doc is Word's old format; save it as .docx"
+    assert why_skipped("a.xyz") == "no loader for .xyz files"
