@@ -1,0 +1,254 @@
+"""The chat page: a question, the answer as it is written, and where each sentence comes from."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import streamlit as st
+
+from app import knowledge_page, session, source_view
+from app.conversations import Conversation, Turn, shorten
+from app.jobs import Job
+from app.markup import (
+    answer_html,
+    cost_html,
+    escape,
+    escape_label,
+    live_html,
+    notice_html,
+    question_html,
+    sources_html,
+)
+from app.session import say
+from rag.answer import Answer
+from rag.errors import KnowledgeBaseError
+from rag.knowledge import KnowledgeBase
+
+_LOOK_SECONDS = 0.08  # between two looks at an answer that is being written
+_HTML_KEPT = 200  # rendered turns a session remembers
+# Asked of the handbook; shown where its file is in the knowledge base.
+_EXAMPLES = {
+    "zh": (
+        ("zh/07-自回归解码与KV缓存.pdf", "KV 缓存里存的是什么？"),
+        ("zh/09-温度与采样.md", "温度为 0 时模型怎样选择下一个词元？"),
+        ("zh/05-MHA-MQA-GQA.md", "GQA 为什么能省显存？"),
+        ("zh/11-LoRA与微调.md", "LoRA 训练哪些参数？"),
+    ),
+    "en": (
+        ("en/08-prefill-decode-and-batching.pdf", "What is the difference between prefill and decode?"),
+        ("en/09-sampling.md", "What does a temperature of 0 do?"),
+        ("en/05-attention-heads-mha-mqa-gqa.html", "Why does GQA need less memory than MHA?"),
+        ("en/11-lora-and-fine-tuning.md", "Which parameters does LoRA train?"),
+    ),
+}
+
+
+def show() -> None:
+    settings = session.settings()
+    store = session.model_store()
+    try:
+        base = store.base(settings.kb)
+    except KnowledgeBaseError as error:
+        knowledge_page.show_missing(str(error))
+        return
+    if not base.count_chunks():
+        st.html(notice_html(say("knowledge"), say("empty_kb"), kind="info"))
+        return
+    store.warm(settings)
+    conversation = session.conversation()
+    running = next((turn for turn in conversation.turns if not turn.is_ended), None)
+    if not conversation.turns:
+        _show_welcome(base)
+    for turn in conversation.turns:
+        if turn is running:
+            break
+        _show_turn(turn, base, is_last=turn is conversation.turns[-1])
+    question = st.chat_input(say("ask_placeholder"), key="question", max_chars=4000)
+    if question and question.strip():
+        ask(question.strip())
+        st.rerun()
+    if conversation.turns and running is None:
+        _show_conversation_tools(conversation)
+    if view := st.session_state.pop("source_view", None):
+        source_view.show(base, view)
+    if running is not None:
+        _follow(running, conversation)
+
+
+def ask(question: str, *, search_text: str | None = None, replace_last: bool = False) -> None:
+    """Put a question into the line, at the end of the conversation or in place of its last turn."""
+    conversation = session.conversation()
+    settings = session.settings()
+    store = session.model_store()
+    if replace_last and conversation.turns and conversation.turns[-1].is_ended:
+        conversation.turns.pop()
+    turn = Turn(question, search_text=search_text)
+    conversation.turns.append(turn)
+    if not conversation.title:
+        conversation.title = shorten(question)
+    st.query_params["c"] = conversation.id
+    session.desk().submit(
+        Job(turn, conversation, lambda: store.rag(settings), session.conversations().keep)
+    )
+
+
+def _show_welcome(base: KnowledgeBase) -> None:
+    st.html(
+        f'<div class="lr-welcome"><h1>{say("title")}</h1><p>{say("tagline")}</p></div>'
+    )
+    files = base.files()
+    examples = [question for path, question in _EXAMPLES[session.language()] if path in files]
+    if not examples:
+        return
+    st.html(f'<div class="lr-label">{say("try_one")}</div>')
+    for number, question in enumerate(examples):
+        if st.button(question, key=f"example-{number}", width="stretch"):
+            ask(question)
+            st.rerun()
+
+
+# one turn
+
+
+def _show_turn(turn: Turn, base: KnowledgeBase, *, is_last: bool) -> None:
+    rendered = _rendered(turn, base)
+    st.html(rendered.question)
+    if rendered.searched:
+        st.html(rendered.searched)
+    st.html(rendered.answer)
+    if rendered.sources:
+        st.html(rendered.sources)
+    _show_actions(turn, is_last=is_last)
+    if rendered.cost:
+        st.html(rendered.cost)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    question: str
+    searched: str
+    answer: str
+    sources: str
+    cost: str
+
+
+def _rendered(turn: Turn, base: KnowledgeBase) -> _Rendered:
+    """A finished turn as HTML; made once for each state of the knowledge base."""
+    language = session.language()
+    key = (turn.id, turn.state, language, base.generation, str(base.folder))
+    kept: dict[object, _Rendered] = st.session_state.setdefault("rendered", {})
+    if key not in kept:
+        while len(kept) >= _HTML_KEPT:
+            kept.pop(next(iter(kept)))
+        searched = ""
+        if turn.searched and turn.searched != turn.question:
+            searched = (
+                f'<div class="lr-muted lr-searched">{say("searched_for")}: {escape(turn.searched)}</div>'
+            )
+        sources = ""
+        if turn.answer is not None:
+            documents = _documents(turn.answer, base)
+            sources = sources_html(turn.answer, turn.id, documents, language)
+        kept[key] = _Rendered(
+            question_html(turn.question, language), searched, answer_html(turn, language), sources,
+            cost_html(turn, language),
+        )
+    return kept[key]
+
+
+def _documents(answer: Answer, base: KnowledgeBase) -> dict[str, str]:
+    """The texts of the files that the answer's passages come from, as far as they are still there."""
+    texts: dict[str, str] = {}
+    for path in {hit.chunk.path for hit in answer.hits}:
+        try:
+            texts[path] = base.document(path).text
+        except KnowledgeBaseError:
+            continue  # removed since; its card says so
+    return texts
+
+
+def _show_actions(turn: Turn, *, is_last: bool) -> None:
+    answer = turn.answer
+    with st.container(horizontal=True, gap="small", vertical_alignment="center", key=f"actions-{turn.id}"):
+        if answer is not None:
+            for place in source_view.places(answer):
+                if st.button(
+                    escape_label(place.label(session.language())), key=f"view-{turn.id}-{place.key}",
+                    icon=":material/find_in_page:", type="tertiary",
+                ):
+                    st.session_state["source_view"] = place
+                    st.rerun()
+            with st.popover(say("copy"), icon=":material/content_copy:", type="tertiary", key=f"copy-{turn.id}"):
+                st.code(answer.text, language=None, wrap_lines=True)
+        if is_last:
+            if st.button(say("ask_again"), key=f"again-{turn.id}", icon=":material/refresh:", type="tertiary"):
+                ask(turn.question, search_text=turn.search_text, replace_last=True)
+                st.rerun()
+            _show_edit(turn)
+        if answer is not None:
+            st.feedback(
+                "thumbs", key=f"feedback-{turn.id}", default=turn.feedback, on_change=_keep_feedback,
+                args=(turn, session.conversation()),
+            )
+
+
+def _show_edit(turn: Turn) -> None:
+    with st.popover(say("edit"), icon=":material/edit:", type="tertiary", key=f"edit-{turn.id}"):
+        with st.form(f"edit-form-{turn.id}", border=False):
+            question = st.text_area(say("edit"), turn.question, max_chars=4000, label_visibility="collapsed")
+            search_text = st.text_input(say("change_search"), turn.searched or turn.question)
+            is_sent = st.form_submit_button(say("send"), type="primary")
+        if is_sent and question.strip():
+            corrected = search_text.strip()
+            is_corrected = bool(corrected) and corrected != (turn.searched or turn.question)
+            ask(question.strip(), search_text=corrected if is_corrected else None, replace_last=True)
+            st.rerun()
+
+
+def _keep_feedback(turn: Turn, conversation: Conversation) -> None:
+    turn.feedback = st.session_state.get(f"feedback-{turn.id}")
+    session.conversations().keep(conversation)
+
+
+def _show_conversation_tools(conversation: Conversation) -> None:
+    with st.container(horizontal=True, gap="small", horizontal_alignment="right", key="conversation-tools"):
+        st.download_button(
+            say("export"), data=conversation.to_markdown, file_name="conversation.md",
+            mime="text/markdown", icon=":material/download:", type="tertiary", on_click="ignore",
+        )
+        with st.popover(say("rename"), icon=":material/label:", type="tertiary", key="rename"):
+            title = st.text_input(say("rename"), conversation.title, max_chars=80)
+            if title.strip() and title != conversation.title:
+                conversation.title = title.strip()
+                session.conversations().keep(conversation)
+                st.rerun()
+        if st.button(say("delete"), key="delete-conversation", icon=":material/delete:", type="tertiary"):
+            session.conversations().delete(conversation.id)
+            session.open_conversation(None)
+            st.rerun()
+
+
+# an answer that is being made
+
+
+def _follow(turn: Turn, conversation: Conversation) -> None:
+    """Show the turn while it is answered. Whatever interrupts this script leaves the answer alone."""
+    desk = session.desk()
+    st.html(question_html(turn.question, session.language()))
+    slot = st.empty()
+    shown = ""
+    slot.html(live_html(turn, session.language(), num_before=desk.num_before(turn)))
+    st.button(
+        say("stop"), key=f"stop-{turn.id}", icon=":material/stop_circle:", on_click=turn.stop
+    )
+    for waiting in conversation.turns[conversation.turns.index(turn) + 1 :]:
+        st.html(question_html(waiting.question, session.language()))
+        st.html(live_html(waiting, session.language(), num_before=desk.num_before(waiting)))
+    while not turn.is_ended:
+        now = live_html(turn, session.language(), num_before=desk.num_before(turn))
+        if now != shown:
+            slot.html(now)
+            shown = now
+        time.sleep(_LOOK_SECONDS)
+    st.rerun()

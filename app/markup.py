@@ -1,0 +1,362 @@
+"""Answers and sources as HTML, all of it escaped.
+
+Nothing that comes from a document, a model or a user is ever markup here: it goes through `escape`,
+or it is not shown. There is no image, no script, and no link but to a place on the page itself.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from app.conversations import Turn
+from app.texts import InterfaceLanguage, number, text
+from rag.answer import Answer, Citation, Hit
+
+_MARKER = re.compile(r"\[(\d{1,3})\]")
+_AROUND = 220  # characters of the document shown before and after a passage
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]")
+
+
+def escape(value: str) -> str:
+    """Text that a browser shows as it is. Signs that turn the writing direction are left out."""
+    return html.escape(_CONTROL.sub("", value), quote=True)
+
+
+def escape_label(value: str) -> str:
+    """Text for a widget's label, which Streamlit would otherwise read as Markdown."""
+    line = " ".join(_CONTROL.sub("", value).split())
+    return re.sub(r"([\\`*_{}\[\]()<>#+\-.!|~:$&^])", r"\\\1", line)
+
+
+# the question and the answer
+
+
+def question_html(question: str, language: InterfaceLanguage) -> str:
+    return (
+        f'<div class="lr-question" role="heading" aria-level="2">'
+        f'<span class="lr-hidden">{text(language, "you")}: </span>{escape(question)}</div>'
+    )
+
+
+def answer_html(turn: Turn, language: InterfaceLanguage) -> str:
+    """The answer as it stands, with its kind and what to know about it."""
+    answer = turn.answer
+    if turn.state == "failed":
+        message = turn.error or text(language, "unexpected", name=turn.unexpected)
+        return _notice("failed", text(language, "failed"), escape(message))
+    if answer is None:
+        body = f'<div class="lr-text">{_with_markers(turn.text, {}, "")}</div>' if turn.text else ""
+        if turn.state == "stopped":
+            body += _notice("stopped", text(language, "stopped"), text(language, "stopped_note"))
+        return f'<div class="lr-answer" data-kind="{turn.state}">{body}</div>'
+    notes = []
+    if answer.unsupported:
+        notes.append(text(language, "unsupported_note"))
+    if answer.stats.finish_reason == "length" and answer.kind == "generated":
+        notes.append(text(language, "cut_note"))
+    below = "".join(f'<p class="lr-note">{note}</p>' for note in notes)
+    return (
+        f'<div class="lr-answer" data-kind="{answer.kind}">'
+        f'<div class="lr-kind lr-kind-{answer.kind}"><b>{text(language, answer.kind)}</b>'
+        f'<span>{text(language, answer.kind + "_note")}</span></div>'
+        f'<div class="lr-text">{_answer_text(answer, turn.id)}</div>{below}</div>'
+    )
+
+
+def live_html(turn: Turn, language: InterfaceLanguage, *, num_before: int) -> str:
+    """An answer that is being made: the stage it is in, then the text so far."""
+    if turn.state == "queued":
+        stage = (
+            text(language, "queued", count=num_before) if num_before else text(language, "next")
+        )
+    else:
+        stage = text(language, turn.state, count=len(turn.hits))
+    body = ""
+    if turn.text:
+        shown = _with_markers(turn.text, {}, "")
+        body = f'<div class="lr-text">{shown}<span class="lr-caret"></span></div>'
+    return (
+        f'<div class="lr-answer" data-kind="live" aria-live="polite">'
+        f'<div class="lr-stage"><span class="lr-pulse"></span>{stage}</div>{body}</div>'
+    )
+
+
+def _notice(kind: str, title: str, body: str) -> str:
+    return f'<div class="lr-notice lr-notice-{kind}" role="status"><b>{title}</b><span>{body}</span></div>'
+
+
+def notice_html(title: str, body: str, *, kind: str = "failed") -> str:
+    """A message to the user; both parts are escaped here."""
+    return _notice(kind, escape(title), escape(body))
+
+
+def _answer_text(answer: Answer, turn_id: str) -> str:
+    """The answer with unsupported sentences marked and `[n]` leading to its source."""
+    quotes: dict[int, list[Citation]] = {}
+    for citation in answer.citations:
+        quotes.setdefault(citation.marker, []).append(citation)
+    spans: list[tuple[int, int]] = []
+    for sentence in answer.unsupported:
+        start = answer.text.find(sentence)
+        if start >= 0:
+            spans.append((start, start + len(sentence)))
+    pieces: list[str] = []
+    last = 0
+    for start, end in sorted(spans):
+        if start < last:
+            continue
+        pieces.append(_with_markers(answer.text[last:start], quotes, turn_id))
+        inner = _with_markers(answer.text[start:end], quotes, turn_id)
+        pieces.append(f'<span class="lr-unsupported">{inner}</span>')
+        last = end
+    pieces.append(_with_markers(answer.text[last:], quotes, turn_id))
+    return "".join(pieces)
+
+
+def _with_markers(value: str, quotes: dict[int, list[Citation]], turn_id: str) -> str:
+    """Escaped text with each `[n]` as a chip; it leads to the source where n is a citation."""
+    pieces: list[str] = []
+    last = 0
+    for match in _MARKER.finditer(value):
+        pieces.append(escape(value[last : match.start()].rstrip(" ")))
+        marker = int(match.group(1))
+        if marker in quotes:
+            tip = "\n".join(" ".join(citation.quote.split()) for citation in quotes[marker])
+            pieces.append(
+                f'<a class="lr-chip" href="#{source_id(turn_id, marker)}" '
+                f'title="{escape(tip[:600])}">{marker}</a>'
+            )
+        else:
+            pieces.append(f'<span class="lr-chip lr-chip-plain">{marker}</span>')
+        last = match.end()
+    pieces.append(escape(value[last:]))
+    return "".join(pieces)
+
+
+def source_id(turn_id: str, marker: int) -> str:
+    return f"source-{turn_id}-{marker}"
+
+
+# sources
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of a document: "around" the passage, in the "passage", or "cited"."""
+
+    text: str
+    kind: str
+
+
+def segments(
+    document_text: str, start: int, end: int, cited: Sequence[tuple[int, int]]
+) -> list[Segment]:
+    """The passage [start, end) in its surroundings, cut where the cited spans begin and end.
+
+    Together the segments are one slice of the document. `cited` are offsets into the document.
+    """
+    first = _word_start(document_text, max(0, start - _AROUND), start)
+    last = _word_end(document_text, min(len(document_text), end + _AROUND), end)
+    for span in cited:  # a citation never lies outside of what is shown
+        first, last = min(first, span[0]), max(last, span[1])
+    cuts = {first, start, end, last}
+    for span in cited:
+        cuts.update(span)
+    result: list[Segment] = []
+    edges = sorted(cuts)
+    for low, high in zip(edges, edges[1:], strict=False):
+        if any(a <= low and high <= b for a, b in cited):
+            kind = "cited"
+        elif start <= low and high <= end:
+            kind = "passage"
+        else:
+            kind = "around"
+        result.append(Segment(document_text[low:high], kind))
+    return result
+
+
+def _word_start(value: str, position: int, end: int) -> int:
+    """The first line or word that begins at or after `position`."""
+    if position == 0:
+        return 0
+    for sign in ("\n", " "):
+        found = value.find(sign, position, end)
+        if found >= 0:
+            return found + 1
+    return position
+
+
+def _word_end(value: str, position: int, start: int) -> int:
+    if position == len(value):
+        return position
+    for sign in ("\n", " "):
+        found = value.rfind(sign, start, position)
+        if found > start:
+            return found
+    return position
+
+
+def sources_html(
+    answer: Answer, turn_id: str, documents: dict[str, str], language: InterfaceLanguage
+) -> str:
+    """Every passage of an answer: those it cites first. `documents` holds the files' texts now."""
+    cited_numbers = sorted({citation.marker for citation in answer.citations})
+    cited = [_source(answer, n, turn_id, documents, language) for n in cited_numbers]
+    rest = [
+        _source(answer, n, turn_id, documents, language)
+        for n in range(1, len(answer.hits) + 1)
+        if n not in cited_numbers
+    ]
+    parts: list[str] = []
+    if cited:
+        parts.append(f'<h3 class="lr-heading">{text(language, "sources")}</h3>{"".join(cited)}')
+    if rest and cited:
+        parts.append(
+            f'<details class="lr-more"><summary>{text(language, "also_found")} '
+            f'<span class="lr-count">{len(rest)}</span></summary>{"".join(rest)}</details>'
+        )
+    elif rest:
+        parts.append(f'<h3 class="lr-heading">{text(language, "nearest")}</h3>{"".join(rest)}')
+    return f'<div class="lr-sources">{"".join(parts)}</div>' if parts else ""
+
+
+def _source(
+    answer: Answer, marker: int, turn_id: str, documents: dict[str, str], language: InterfaceLanguage
+) -> str:
+    hit = answer.hits[marker - 1]
+    citations = [citation for citation in answer.citations if citation.marker == marker]
+    page = citations[0].page if citations else hit.page
+    start, end = (citations[0].start, citations[0].end) if citations else (hit.chunk.start, hit.chunk.end)
+    return _card(
+        hit, language, marker=marker, anchor=source_id(turn_id, marker),
+        cited=[(citation.start, citation.end, citation.quote) for citation in citations],
+        document_text=documents.get(hit.chunk.path), page=page, start=start, end=end,
+    )
+
+
+def hit_html(hit: Hit, marker: int, language: InterfaceLanguage) -> str:
+    """A passage of a bare search, without an answer."""
+    return _card(
+        hit, language, marker=marker, anchor="", cited=[], document_text=None, page=hit.page,
+        start=hit.chunk.start, end=hit.chunk.end, is_search=True,
+    )
+
+
+def _card(
+    hit: Hit, language: InterfaceLanguage, *, marker: int, anchor: str,
+    cited: list[tuple[int, int, str]], document_text: str | None, page: int | None, start: int,
+    end: int, is_search: bool = False,
+) -> str:
+    chunk = hit.chunk
+    is_current = document_text is not None and document_text[chunk.start : chunk.end] == chunk.text
+    if is_current and document_text is not None:
+        shown = segments(document_text, chunk.start, chunk.end, [(a, b) for a, b, _ in cited])
+    else:
+        # The passage as it was found, with the citations moved to its own offsets.
+        inside = [
+            (a - chunk.start, b - chunk.start) for a, b, quote in cited
+            if chunk.text[a - chunk.start : b - chunk.start] == quote and a >= chunk.start
+        ]
+        shown = segments(chunk.text, 0, len(chunk.text), inside)
+    preview = " ".join((cited[0][2] if cited else chunk.text).split())
+    place = [escape(part) for part in dict.fromkeys((chunk.title, *chunk.headings)) if part]
+    where = f'<span class="lr-page">{text(language, "page", number=page)}</span>' if page else ""
+    body = _segments_html(shown, anchor)
+    note = ""
+    if not is_current and not is_search:
+        note = f'<p class="lr-note">{text(language, "changed_since")}</p>'
+    return (
+        f'<details class="lr-source{" lr-cited" if cited else ""}"><summary>'
+        f'<span class="lr-number">{marker}</span>'
+        f'<span class="lr-what"><span class="lr-file">{escape(chunk.path)}</span>{where}'
+        f'<span class="lr-preview">{escape(preview[:240])}</span></span></summary>'
+        f'<div class="lr-inside">'
+        f'<div class="lr-place">{" <i>›</i> ".join(place)}</div>'
+        f'<div class="lr-passage" tabindex="0">{body}</div>{note}'
+        f'<div class="lr-facts">{_facts(hit, language, start, end)}</div></div></details>'
+    )
+
+
+def _segments_html(shown: Sequence[Segment], anchor: str) -> str:
+    pieces: list[str] = []
+    for segment in shown:
+        if segment.kind == "cited":
+            # The first one carries the id that the chip leads to; the browser opens the card for it.
+            name = f' id="{anchor}"' if anchor else ""
+            anchor = ""
+            pieces.append(f"<mark{name}>{escape(segment.text)}</mark>")
+        elif segment.kind == "around":
+            pieces.append(f'<span class="lr-around">{escape(segment.text)}</span>')
+        else:
+            pieces.append(escape(segment.text))
+    return "".join(pieces)
+
+
+def _facts(hit: Hit, language: InterfaceLanguage, start: int, end: int) -> str:
+    figures = [
+        (text(language, "score"), number(hit.score, 2)),
+        (text(language, "dense"), number(hit.dense_score, 2)),
+        (text(language, "bm25"), number(hit.bm25_score, 2)),
+    ]
+    shown = "".join(f"<span>{name} <b>{value}</b></span>" for name, value in figures)
+    return shown + f'<span>{text(language, "characters", start=f"{start:,}", end=f"{end:,}")}</span>'
+
+
+# what it cost
+
+
+def cost_html(turn: Turn, language: InterfaceLanguage) -> str:
+    """A small waterfall of the answer's seconds, and its figures."""
+    answer = turn.answer
+    if answer is None:
+        return ""
+    stats = answer.stats
+    search = turn.seconds_search + stats.seconds_retrieval
+    wait = stats.seconds_to_first_token
+    writing = max(0.0, stats.seconds_total - stats.seconds_retrieval - wait)
+    if not stats.generator:
+        wait = writing = 0.0
+    steps = [("retrieval", search), ("first_token", wait), ("writing_time", writing)]
+    total = max(sum(seconds for _, seconds in steps), 1e-6)
+    rows: list[str] = []
+    before = 0.0
+    for name, seconds in steps if stats.generator else steps[:1]:
+        rows.append(
+            f'<div class="lr-step"><span>{text(language, name)}</span><span class="lr-track">'
+            f'<i class="lr-bar lr-bar-{name}" style="margin-left:{100 * before / total:.1f}%;'
+            f'width:{max(0.8, 100 * seconds / total):.1f}%"></i></span>'
+            f'<span class="lr-seconds">{_seconds(seconds, language)}</span></div>'
+        )
+        before += seconds
+    figures: list[tuple[str, str]] = []
+    if stats.generator:
+        share = f" ({stats.reused_tokens / stats.prompt_tokens:.0%})" if stats.prompt_tokens else ""
+        figures = [
+            (text(language, "prompt_tokens"), number(stats.prompt_tokens)),
+            (text(language, "reused_tokens"), number(stats.reused_tokens) + share),
+            (text(language, "new_tokens"), number(stats.new_tokens)),
+            (text(language, "tokens_per_second"), number(stats.tokens_per_second)),
+            (text(language, "model"), escape(stats.generator)),
+            (text(language, "device"), escape(f"{stats.device} · {stats.dtype}")),
+        ]
+    if answer.kind != "refused" or stats.generator:
+        figures.append((text(language, "confidence"), f"{answer.confidence:.0%}"))
+    table = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures)
+    note = "" if stats.generator else f'<p class="lr-note">{text(language, "no_model")}</p>'
+    summary = [_seconds(total, language)]
+    if stats.generator:
+        summary += [
+            f'{text(language, "new_tokens")} {number(stats.new_tokens)}', f"{escape(stats.device)}",
+        ]
+    return (
+        f'<details class="lr-cost"><summary>{text(language, "what_happened")}'
+        f'<span class="lr-brief">{" · ".join(summary)}</span></summary>'
+        f'<div class="lr-inside">{"".join(rows)}<dl>{table}</dl>{note}</div></details>'
+    )
+
+
+def _seconds(seconds: float, language: InterfaceLanguage) -> str:
+    return text(language, "seconds", seconds=f"{seconds:.3f}" if seconds < 1 else f"{seconds:.1f}")

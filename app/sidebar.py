@@ -1,0 +1,124 @@
+"""The sidebar: pages, language, conversations, settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import streamlit as st
+from streamlit.navigation.page import StreamlitPage
+
+from app import session
+from app.markup import escape, escape_label, notice_html
+from app.session import say
+from app.texts import LANGUAGES, number
+from rag.errors import RagError
+from rag.settings import Settings
+
+
+def show(pages: Sequence[StreamlitPage]) -> None:
+    with st.sidebar:
+        st.html(f'<div class="lr-brand"><span class="lr-logo"></span><b>{say("title")}</b></div>')
+        for page in pages:
+            st.page_link(page)
+        _show_conversations(pages[0])
+        _show_settings()
+        _show_language()
+
+
+def _show_language() -> None:
+    # Not bound to a widget key: the choice outlives the widget.
+    names = list(LANGUAGES)
+    chosen = st.segmented_control(
+        say("language"), names, default=session.language(), required=True,
+        format_func=lambda name: LANGUAGES[name], key=f"language-{session.language()}",
+        label_visibility="collapsed", width="stretch",
+    )
+    if chosen is not None and chosen != session.language():
+        st.session_state["language"] = chosen
+        st.rerun()
+
+
+def _show_conversations(chat: StreamlitPage) -> None:
+    current = session.conversation()
+    if st.button(
+        say("new_conversation"), icon=":material/add:", width="stretch", key="new-conversation",
+        disabled=not current.turns,
+    ):
+        session.open_conversation(None)
+        st.switch_page(chat)
+    store = session.conversations()
+    if not store.entries(limit=1):
+        return
+    st.html(f'<div class="lr-label">{say("conversations")}</div>')
+    search = st.text_input(
+        say("search_conversations"), placeholder=say("search_conversations"),
+        label_visibility="collapsed", key="search-conversations", icon=":material/search:",
+    )
+    entries = store.entries(search or "", limit=12)
+    if not entries:
+        st.html(f'<div class="lr-muted">{say("no_conversation")}</div>')
+    for entry in entries:
+        is_current = entry.id == current.id
+        if st.button(
+            escape_label(entry.title), key=f"open-{entry.id}", width="stretch", wrap=False,
+            type="secondary" if is_current else "tertiary",
+        ) and not is_current:
+            session.open_conversation(store.get(entry.id))
+            st.switch_page(chat)
+
+
+def _show_settings() -> None:
+    settings = session.settings()
+    with st.expander(say("settings"), icon=":material/tune:"):
+        # Sliders count at once; what has to be loaded waits for its button.
+        top_k = st.slider(say("top_k"), 1, 12, settings.top_k, key="set-top-k")
+        max_new_tokens = st.slider(
+            say("max_new_tokens"), 16, 2048, settings.max_new_tokens, step=16, key="set-max-new",
+        )
+        temperature = st.slider(
+            say("temperature"), 0.0, 2.0, settings.temperature, step=0.1, key="set-temperature"
+        )
+        top_p = st.slider(say("top_p"), 0.05, 1.0, settings.top_p, step=0.05, key="set-top-p")
+        changed = replace(
+            settings, top_k=top_k, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
+        )
+        st.session_state["settings"] = changed
+        with st.form("models", border=False):
+            generator = st.text_input(say("generator"), settings.generator, key="set-generator")
+            folder = st.text_input(say("kb_folder"), settings.kb, key="set-kb")
+            is_sent = st.form_submit_button(say("apply"), width="stretch")
+        if is_sent:
+            _apply(changed, generator.strip(), folder.strip())
+        if error := st.session_state.get("settings_error"):
+            st.html(notice_html(say("settings"), error))
+        loaded = session.model_store().loaded(changed)
+        line = (
+            say("loaded", name=loaded.name, device=loaded.device, dtype=loaded.dtype)
+            if loaded else say("not_loaded", name=changed.generator)
+        )
+        st.html(f'<div class="lr-muted">{escape(line)}</div>')
+    try:
+        base = session.model_store().base(settings.kb)
+    except RagError:
+        return  # the page itself says what is missing and what to do
+    line = say("holds", files=number(len(base.files())), chunks=number(base.count_chunks()))
+    st.html(f'<div class="lr-muted">{escape(line)}</div>')
+
+
+def _apply(settings: Settings, generator: str, folder: str) -> None:
+    """Take another model or knowledge base. Where the model can't be loaded, the old one stays."""
+    st.session_state["settings_error"] = ""
+    try:
+        wanted = replace(settings, generator=generator, kb=folder)
+        if generator != settings.generator:
+            with st.spinner(say("loading")):
+                session.model_store().load_generator(wanted)
+    except RagError as error:
+        kept = say("kept_model", name=settings.generator)
+        st.session_state["settings_error"] = f"{error}\n{kept}"
+        return
+    st.session_state["settings"] = wanted
+    if folder != settings.kb:
+        session.open_conversation(None)
+    st.rerun()

@@ -1,0 +1,234 @@
+"""Every word the pages say, in Chinese and English. A key stands in both or in neither (tested)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+InterfaceLanguage = Literal["zh", "en"]
+LANGUAGES: dict[InterfaceLanguage, str] = {"en": "English", "zh": "中文"}
+
+_TEXTS: dict[str, tuple[str, str]] = {
+    # key: (English, Chinese)
+    "title": ("Ask your documents", "问你的文档"),
+    "tagline": (
+        "On this machine, from your own files, with the place each sentence comes from.",
+        "在本机上，根据你自己的文件作答，每句话都注明出处。",
+    ),
+    "chat": ("Chat", "问答"),
+    "knowledge": ("Knowledge base", "知识库"),
+    "language": ("Language", "界面语言"),
+    "ask_placeholder": ("Ask a question about your documents", "就文档内容提问"),
+    "you": ("You", "你"),
+    "answer": ("Answer", "回答"),
+    "try_one": ("Questions to start with", "可以先问这些"),
+    # stages of an answer
+    "queued": ("Waiting: {count} before this one", "排队中，前面还有 {count} 个问题"),
+    "next": ("Next in line", "下一个就轮到"),
+    "loading": ("Loading the models, once after a start", "正在加载模型，启动后只需一次"),
+    "searching": ("Searching the documents", "正在检索文档"),
+    "reading": ("Reading {count} passages", "正在阅读 {count} 个段落"),
+    "writing": ("Writing", "正在作答"),
+    "stop": ("Stop", "停止"),
+    "stopped": ("Stopped", "已停止"),
+    "stopped_note": (
+        "You stopped this answer. What was written so far has not been checked against the sources.",
+        "回答已被你停止。已写出的部分没有和原文核对。",
+    ),
+    "failed": ("No answer", "没能回答"),
+    "unexpected": (
+        "Something went wrong inside the program ({name}). The terminal it was started from shows where.",
+        "程序内部出错（{name}）。详细信息见启动它的终端窗口。",
+    ),
+    # kinds of answers
+    "generated": ("Written by the model", "由模型撰写"),
+    "generated_note": ("Each sentence was compared with its source.", "每句话都已和出处核对。"),
+    "quoted": ("Quoted from the source", "摘自原文"),
+    "quoted_note": (
+        "The model was not sure enough of its own words, so this is the sentence of the documents that fits best.",
+        "模型对自己的表述把握不足，这里直接给出文档中最切题的原句。",
+    ),
+    "refused": ("Not in the documents", "文档中没有"),
+    "refused_note": (
+        "Nothing that was found supports an answer. The nearest passages are below.",
+        "检索到的内容都不足以支持一个答案。下面是最接近的段落。",
+    ),
+    "unsupported_note": (
+        "Underlined with dots: no passage supports this.",
+        "带点下划线的句子在检索到的段落里找不到依据。",
+    ),
+    "cut_note": (
+        "The answer reached its longest length and ends here.",
+        "回答已达到长度上限，到此为止。",
+    ),
+    "searched_for": ("Searched for", "实际检索"),
+    "change_search": ("Change what is searched for", "修改检索内容"),
+    "search_again": ("Search with this and answer again", "用它重新检索并回答"),
+    # sources
+    "sources": ("Sources", "出处"),
+    "nearest": ("Nearest passages", "最接近的段落"),
+    "also_found": ("Also found, not cited", "检索到但未引用"),
+    "page": ("page {number}", "第 {number} 页"),
+    "score": ("relevance", "相关度"),
+    "dense": ("meaning", "语义"),
+    "bm25": ("words", "词语"),
+    "characters": ("characters {start}–{end}", "第 {start}–{end} 字"),
+    "changed_since": (
+        "This file has been changed or removed since the answer; this is the passage as it was.",
+        "这个文件在回答之后被修改或删除，这里显示的是当时的段落。",
+    ),
+    "show_page": ("Show {name}", "查看 {name}"),
+    "page_picture": ("The page", "原页"),
+    "page_missing": (
+        "The file itself is no longer where it was read from, or it has changed since.",
+        "原文件已不在读取时的位置，或者内容已有变化。",
+    ),
+    "page_unmarked": (
+        "The passage could not be found on the page picture, so nothing is marked on it.",
+        "没能在页面图像上定位这段文字，因此没有标出。",
+    ),
+    "download_source": ("Download the file", "下载原文件"),
+    # what it cost
+    "what_happened": ("What happened", "过程"),
+    "retrieval": ("search", "检索"),
+    "first_token": ("first token", "首个词元"),
+    "writing_time": ("writing", "写作"),
+    "prompt_tokens": ("prompt tokens", "提示词元"),
+    "reused_tokens": ("of them reused from the KV cache", "其中复用 KV 缓存"),
+    "new_tokens": ("tokens written", "生成词元"),
+    "tokens_per_second": ("tokens a second", "词元/秒"),
+    "device": ("device", "设备"),
+    "model": ("model", "模型"),
+    "confidence": ("confidence", "把握"),
+    "seconds": ("{seconds} s", "{seconds} 秒"),
+    "no_model": (
+        "The search alone settled it; the model was not asked.",
+        "检索结果已足以判断，没有调用模型。",
+    ),
+    # actions
+    "ask_again": ("Ask again", "再问一次"),
+    "edit": ("Edit the question", "修改问题"),
+    "send": ("Ask", "提问"),
+    "copy": ("Copy", "复制"),
+    "plain_text": ("Text to copy", "复制文本"),
+    "new_conversation": ("New conversation", "新对话"),
+    "conversations": ("Conversations", "对话记录"),
+    "search_conversations": ("Search in conversations", "搜索对话"),
+    "no_conversation": ("No conversation holds this.", "没有包含它的对话。"),
+    "rename": ("Name", "名称"),
+    "delete": ("Delete", "删除"),
+    "export": ("Export as Markdown", "导出为 Markdown"),
+    "was_useful": ("Was this answer useful?", "这个回答有用吗？"),
+    # settings
+    "settings": ("Settings", "设置"),
+    "kb_folder": ("Folder of the knowledge base", "知识库文件夹"),
+    "generator": ("Model: bundled, a folder, or a Hugging Face name", "模型：bundled、文件夹或 Hugging Face 名称"),
+    "apply": ("Apply", "应用"),
+    "top_k": ("Passages given to the model", "交给模型的段落数"),
+    "temperature": ("Temperature (0 always takes the likeliest word)", "温度（0 表示总取最可能的词）"),
+    "top_p": ("Top-p", "Top-p"),
+    "max_new_tokens": ("Longest answer, in tokens", "回答的最大词元数"),
+    "holds": ("{files} files, {chunks} passages", "{files} 个文件，{chunks} 个段落"),
+    "loaded": ("{name} on {device}, {dtype}", "{name}，设备 {device}，{dtype}"),
+    "not_loaded": ("{name} (loaded with the first answer)", "{name}（首次回答时加载）"),
+    "kept_model": (
+        "The model before it, {name}, stays in use.",
+        "仍使用之前的模型 {name}。",
+    ),
+    # no knowledge base
+    "no_kb": ("There is no knowledge base yet", "还没有知识库"),
+    "no_kb_note": (
+        "A knowledge base is made from a folder of documents. In a terminal:",
+        "知识库由一个文件夹里的文档建成。在终端里运行：",
+    ),
+    "build_handbook": ("Build the handbook that comes with the program", "用自带的手册建立知识库"),
+    "build_handbook_note": (
+        "Documents in Chinese and English on how language models and this kind of search work.",
+        "中英文文档，介绍语言模型和这种检索问答的原理。",
+    ),
+    "building": ("Reading and indexing documents", "正在读取文档并建立索引"),
+    "empty_kb": (
+        "The knowledge base holds no passages. Add documents on the page “Knowledge base”.",
+        "知识库里还没有内容。请在“知识库”页面添加文档。",
+    ),
+    # knowledge base page
+    "files": ("Files", "文件"),
+    "file": ("File", "文件"),
+    "status": ("Status", "状态"),
+    "pages_column": ("Pages", "页数"),
+    "chunks_column": ("Passages", "段落数"),
+    "size": ("Size", "大小"),
+    "notes": ("Notes", "说明"),
+    "ok": ("read", "已读取"),
+    "failed_file": ("not read", "未能读取"),
+    "size_on_disk": ("on disk", "磁盘占用"),
+    "failed_files": ("not read", "未读取"),
+    "try_search": ("Try the search", "试一试检索"),
+    "try_search_placeholder": ("Words or a question; no answer is written", "输入词语或问题，只检索，不作答"),
+    "nothing_found": ("Nothing was found.", "什么也没找到。"),
+    "add_files": ("Add files", "添加文件"),
+    "add_files_note": (
+        "{types}. At most {count} files at a time, {size} MB each.",
+        "{types}。一次最多 {count} 个文件，每个不超过 {size} MB。",
+    ),
+    "add": ("Add to the knowledge base", "加入知识库"),
+    "resync": ("Read the folders again", "重新读取文件夹"),
+    "resync_note": (
+        "Takes in what was added, changed or deleted in: {folders}",
+        "更新以下文件夹中新增、修改和删除的文件：{folders}",
+    ),
+    "remove": ("Remove an uploaded file", "删除上传的文件"),
+    "remove_note": (
+        "Only files that were uploaded here can be removed here. Others are deleted in their folder.",
+        "这里只能删除在本页上传的文件，其他文件请在原文件夹中删除。",
+    ),
+    "removed": ("Removed: {name}", "已删除：{name}"),
+    "too_many": (
+        "{count} files were given; at most {limit} are taken at a time. Nothing was stored.",
+        "一次给了 {count} 个文件，最多 {limit} 个。没有保存任何文件。",
+    ),
+    "rejected": ("Not taken: {name}: {reason}", "未接收：{name}：{reason}"),
+    "too_large": ("it has {size} MB, at most {limit} MB are taken", "大小 {size} MB，上限 {limit} MB"),
+    "empty_file": ("it is empty", "文件是空的"),
+    "wrong_type": ("no reader for this kind of file", "不支持这种文件"),
+    "not_what_it_says": (
+        "its content is not what its ending says",
+        "文件内容与扩展名不符",
+    ),
+    "synced": (
+        "{added} added, {changed} changed, {moved} moved, {deleted} deleted, {unchanged} unchanged, {failed} failed",
+        "新增 {added}，修改 {changed}，移动 {moved}，删除 {deleted}，未变 {unchanged}，失败 {failed}",
+    ),
+    "busy_sync": ("The knowledge base is being brought up to date.", "正在更新知识库。"),
+    # access
+    "password": ("Password", "密码"),
+    "enter": ("Enter", "进入"),
+    "wrong_password": ("That is not the password.", "密码不对。"),
+    "locked": (
+        "Too many attempts. Try again in {seconds} seconds.",
+        "尝试次数过多，请在 {seconds} 秒后再试。",
+    ),
+    "exposed": (
+        "This page can be reached from other machines, and no password is set. Start it again with "
+        "RAG_PASSWORD set, or without --server.address.",
+        "其他机器可以访问本页面，但没有设置密码。请设置环境变量 RAG_PASSWORD 后重新启动，或去掉 --server.address。",
+    ),
+}
+
+KEYS = tuple(_TEXTS)
+
+
+def text(language: InterfaceLanguage, key: str, **values: object) -> str:
+    """The words for `key`, with `values` put in."""
+    english, chinese = _TEXTS[key]
+    chosen = chinese if language == "zh" else english
+    return chosen.format(**values) if values else chosen
+
+
+def language_of_locale(locale: str | None) -> InterfaceLanguage:
+    """The interface language for a browser's locale such as "zh-CN"; English where it is unknown."""
+    return "zh" if (locale or "").lower().startswith("zh") else "en"
+
+
+def number(value: float, digits: int = 0) -> str:
+    """A number for people: 12,345 or 0.12."""
+    return f"{value:,.{digits}f}"

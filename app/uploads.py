@@ -1,0 +1,119 @@
+"""Files that come through the page: checked, given harmless names, kept in one folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ingest.loaders import LOADERS, find_loader
+
+MAX_FILES = 50  # at a time
+MAX_MEGABYTES = 50  # each; .streamlit/config.toml stops larger ones before they are sent
+_MAX_NAME_BYTES = 180  # file systems take 255; a number and a temporary name must still fit
+_ZIPPED = frozenset({".docx", ".pptx", ".xlsx", ".epub", ".odt"})
+_RESERVED = re.compile(r"^(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$)", re.IGNORECASE)
+
+Reason = Literal["too_large", "empty_file", "wrong_type", "not_what_it_says"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    name: str
+    reason: Reason
+    megabytes: float = 0.0
+
+
+def upload_folder(kb: str | Path) -> Path:
+    """Where a knowledge base keeps what was uploaded to it; inside its own folder."""
+    return Path(kb) / "uploads"
+
+
+def suffixes() -> list[str]:
+    """Endings that can be read, such as ".pdf"."""
+    return sorted({suffix for loader in LOADERS for suffix in loader.suffixes})
+
+
+def sanitise_name(name: str) -> str:
+    """A name that is one plain file in any folder on any system.
+
+    Folders, control characters, signs with a meaning to file systems, and dots and spaces at
+    either end go; letters of every script stay.
+    """
+    name = unicodedata.normalize("NFC", name).replace("\\", "/").rsplit("/", 1)[-1]
+    kept = "".join(
+        "_" if sign in '<>:"|?*' else sign
+        for sign in name
+        if unicodedata.category(sign)[0] != "C"
+    )
+    kept = re.sub(r"\s+", " ", kept).strip(". ~$#")
+    stem, dot, suffix = kept.rpartition(".")
+    if not dot:
+        stem, suffix = kept, ""
+    if not stem or _RESERVED.match(kept):
+        stem = f"file {stem}".strip()
+    limit = _MAX_NAME_BYTES - len(suffix.encode()) - 1
+    stem = stem.encode()[: max(1, limit)].decode(errors="ignore").rstrip(". ")
+    return f"{stem}.{suffix}" if suffix else stem
+
+
+def check_upload(name: str, data: bytes) -> Rejection | None:
+    """Why a file is not taken, or None. Judges the content, not only the name."""
+    megabytes = len(data) / 2**20
+    if megabytes > MAX_MEGABYTES:
+        return Rejection(name, "too_large", megabytes)
+    if not data:
+        return Rejection(name, "empty_file")
+    clean = sanitise_name(name)
+    if find_loader(clean) is None:
+        return Rejection(name, "wrong_type")
+    suffix = Path(clean).suffix.lower()
+    if suffix == ".pdf":
+        is_right = b"%PDF-" in data[:1024]
+    elif suffix in _ZIPPED:
+        is_right = data[:4] == b"PK\x03\x04"
+    else:
+        is_utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+        is_right = is_utf16 or b"\x00" not in data[:65536]
+    return None if is_right else Rejection(name, "not_what_it_says")
+
+
+def store_upload(folder: Path, name: str, data: bytes) -> Path:
+    """Write an accepted file; one of the same name is replaced. Returns where it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / sanitise_name(name)
+    handle, fresh = tempfile.mkstemp(dir=folder, prefix=".upload-")
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(data)
+        os.replace(fresh, target)  # a link of that name is replaced, not followed
+    except BaseException:
+        os.unlink(fresh)
+        raise
+    return target
+
+
+def uploaded_names(folder: Path) -> list[str]:
+    """The names of the files that were uploaded."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        entry.name for entry in os.scandir(folder)
+        if entry.is_file(follow_symlinks=False) and not entry.name.startswith(".")
+    )
+
+
+def delete_uploads(folder: Path, names: Iterable[str]) -> list[str]:
+    """Delete files of these names; a name that is not in the folder is left alone."""
+    present = set(uploaded_names(folder))
+    deleted: list[str] = []
+    for name in names:
+        if name in present:
+            (folder / name).unlink(missing_ok=True)
+            deleted.append(name)
+    return deleted
