@@ -74,6 +74,15 @@ class DocumentBuilder:
         """What was added so far."""
         return "".join(self._parts)
 
+    def add_document(self, document: Document, *, levels_below: int = 0) -> None:
+        """Append another document's text, its headings `levels_below` levels lower."""
+        if not document.text.strip():
+            return
+        offset = self.add_text(document.text.strip("\n"))
+        offset -= len(document.text) - len(document.text.lstrip("\n"))
+        for heading in document.headings:
+            self.mark_heading(heading.level + levels_below, heading.title, heading.start + offset)
+
     def begin_page(self, number: int) -> None:
         """What is added from here on stands on this page (1-based)."""
         self.begin_page_at(number, self._length)

@@ -30,6 +30,7 @@ _COMMON = frozenset(
 )
 _KANA = re.compile(r"[\u3041-\u3096\u30a1-\u30fa\u30fc]")
 _HAN = re.compile(r"[\u4e00-\u9fff]")
+_CONTROL_BYTES = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b"))
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\x9f\ufffd\ue000-\uf8ff]")
 
 
@@ -72,7 +73,7 @@ def is_binary(data: bytes) -> bool:
     head = data[:8192]
     if any(head.startswith(mark) for mark, _ in _BYTE_ORDER_MARKS) or _wide_encoding(head):
         return False
-    control = sum(byte < 9 or 13 < byte < 27 or 27 < byte < 32 for byte in head)
+    control = len(head) - len(head.translate(None, _CONTROL_BYTES))
     return b"\0" in head or control > len(head) // 50
 
 

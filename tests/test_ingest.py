@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes import WordEmbedder
 
 from ingest import FileResult, Limits, Progress, SyncReport, sync
 from rag.errors import InputError, KnowledgeBaseError
 from rag.knowledge import KnowledgeBase
 from rag.settings import Settings
-from fakes import WordEmbedder
 
 PROJECT = Path(__file__).parent.parent
 

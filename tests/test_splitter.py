@@ -136,7 +136,7 @@ def test_pieces_of_a_long_paragraph_are_of_nearly_equal_size() -> None:
 def test_a_paragraph_that_fits_is_never_cut() -> None:
     paragraphs = [f"Paragraph {n} " + "word " * 18 + "end." for n in range(8)]  # 22 tokens each
     chunks = split("\n\n".join(paragraphs))
-    assert [chunk.text for chunk in chunks] == [paragraph for paragraph in paragraphs]
+    assert [chunk.text for chunk in chunks] == list(paragraphs)
 
 
 def test_a_long_table_is_cut_between_rows_and_each_piece_knows_its_columns() -> None:

@@ -6,17 +6,24 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from ingest.loaders.archives import EmailLoader, EpubLoader, ZipLoader
+from ingest.loaders.code import CodeLoader
 from ingest.loaders.docx import DocxLoader
 from ingest.loaders.html import HtmlLoader
 from ingest.loaders.loader import Loader
 from ingest.loaders.markdown import MarkdownLoader
 from ingest.loaders.pdf import PdfLoader
+from ingest.loaders.slides import PptxLoader
+from ingest.loaders.structured import JsonLoader, NotebookLoader
+from ingest.loaders.table import CsvLoader, XlsxLoader
 from ingest.loaders.text import TextLoader
 from rag.document import Document
 from rag.errors import LoadError
 
 LOADERS: tuple[Loader, ...] = (
-    PdfLoader(), DocxLoader(), HtmlLoader(), MarkdownLoader(), TextLoader(),
+    PdfLoader(), DocxLoader(), HtmlLoader(), MarkdownLoader(), TextLoader(), PptxLoader(),
+    XlsxLoader(), CsvLoader(), JsonLoader(), NotebookLoader(), EpubLoader(), EmailLoader(),
+    CodeLoader(), ZipLoader(),
 )
 _BY_SUFFIX = {suffix: loader for loader in LOADERS for suffix in loader.suffixes}
 _SURROGATE = re.compile(r"[\ud800-\udfff]")

@@ -1,0 +1,146 @@
+"""Tables of records: .csv, .tsv, .xlsx. Every row keeps the names of its columns.
+
+    Name: Alice; Age: 30; City: New York
+
+Rows with long cells (a question and its answer) become sections of their own, a line a cell.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ingest.archive import check_zip
+from ingest.builder import DocumentBuilder, clean_line
+from ingest.loaders.text import read_text
+from rag.document import Document
+from rag.errors import LoadError
+
+_DELIMITERS = ",;\t|"
+_LONG_ROW = 120  # characters on average, from which a row is a section
+_MAX_TITLE = 80  # characters of a row's name
+_LETTERS = re.compile(r"[^\W\d_]{2,}|[\u3400-\u9fff]")
+_NUMBER = re.compile(r"[-+(]?[\d.,:/%€$¥£ -]*\d[\d.,:/%€$¥£ )-]*")
+
+
+class CsvLoader:
+    """.csv and .tsv files; the delimiter is the one that divides the first lines most evenly."""
+
+    media_type = "csv"
+    suffixes: tuple[str, ...] = (".csv", ".tsv", ".tab")
+    version = 1
+
+    def load(self, file: Path, path: str) -> Document:
+        text, warnings = read_text(file)
+        builder = DocumentBuilder()
+        builder.warnings += warnings
+        delimiter = "\t" if path.lower().endswith((".tsv", ".tab")) else _find_delimiter(text)
+        # A quote that is never closed would make the rest of the file one cell.
+        csv.field_size_limit(1 << 22)
+        try:
+            rows = list(csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True))
+        except csv.Error as error:
+            raise LoadError(f"this is not a table of values ({error}).") from error
+        add_records(builder, rows)
+        return builder.build(path, self.media_type)
+
+
+class XlsxLoader:
+    """.xlsx files: every sheet with its name, values as last computed by the program that saved it."""
+
+    media_type = "xlsx"
+    suffixes: tuple[str, ...] = (".xlsx", ".xlsm")
+    version = 1
+
+    def load(self, file: Path, path: str) -> Document:
+        check_zip(file, "an Excel workbook")
+        try:
+            import openpyxl
+        except ImportError as error:
+            raise LoadError("reading .xlsx needs a package: pip install openpyxl") from error
+        try:
+            book = openpyxl.load_workbook(file, read_only=True, data_only=True)
+        except Exception as error:  # the library raises KeyError, ValueError, BadZipFile, ...
+            raise LoadError(f"this is not an Excel workbook, or it is damaged: {error}") from error
+        builder = DocumentBuilder()
+        sheets = [sheet for sheet in book.worksheets if sheet.sheet_state == "visible"]
+        for sheet in sheets:
+            rows = [[_show(value) for value in row] for row in sheet.iter_rows(values_only=True)]
+            if any(any(row) for row in rows):
+                builder.add_heading(1, sheet.title)
+                add_records(builder, rows, level=2)
+        title = clean_line(book.properties.title or "")
+        book.close()
+        return builder.build(path, self.media_type, title=title)
+
+
+def _show(value: Any) -> str:
+    """A cell's value as a person would write it: 3 and not 3.0, no time where it is midnight."""
+    if value is None:
+        return ""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    return str(value).removesuffix(" 00:00:00")
+
+
+def _find_delimiter(text: str) -> str:
+    lines = [line for line in text[:20_000].split("\n")[:30] if line.strip()]
+
+    def evenness(delimiter: str) -> tuple[float, int]:
+        counts = [len(row) for row in csv.reader(lines, delimiter=delimiter) if row]
+        common, times = Counter(counts).most_common(1)[0]
+        return (times / len(counts) if common > 1 else 0.0, common)
+
+    try:
+        return max(_DELIMITERS, key=evenness) if lines else ","
+    except csv.Error:
+        return ","
+
+
+def add_records(builder: DocumentBuilder, rows: Iterable[Sequence[str]], *, level: int = 1) -> None:
+    """Add rows, the first of them the columns' names if it looks like that."""
+    cells = [[clean_line(cell) for cell in row] for row in rows]
+    cells = [row for row in cells if any(row)]
+    if not cells:
+        return
+    if len(cells) == 1 or max(len(row) for row in cells) == 1:
+        for row in cells:
+            builder.add_paragraph(" | ".join(cell for cell in row if cell))
+        return
+    names = cells[0] if _is_header(cells) else []
+    records = [list(_name_cells(row, names)) for row in cells[bool(names):]]
+    long = sum(len(part) for record in records for part in record) >= _LONG_ROW * len(records)
+    for row, record in zip(cells[bool(names):], records, strict=True):
+        if not record:
+            continue
+        if long and len(record) > 1:
+            title = next((cell for cell in row if _LETTERS.search(cell)), "")
+            start = builder.add_text("\n".join(record))
+            if title:
+                builder.mark_heading(level, title[:_MAX_TITLE], start)
+        else:
+            builder.add_paragraph("; ".join(record))
+
+
+def _is_header(cells: Sequence[Sequence[str]]) -> bool:
+    """Names are filled in, different, short, and no numbers."""
+    names = [name for name in cells[0] if name]
+    return (
+        len(names) >= max(1, len(cells[0]) - 1)
+        and len(set(names)) == len(names)
+        and all(len(name) <= 60 and not _NUMBER.fullmatch(name) for name in names)
+    )
+
+
+def _name_cells(row: Sequence[str], names: Sequence[str]) -> Iterator[str]:
+    for index, cell in enumerate(row):
+        if cell:
+            name = names[index] if index < len(names) else ""
+            yield f"{name}: {cell}" if name else cell
