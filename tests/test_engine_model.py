@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from rag.engine.attention import Chunk, plan_attention
+from rag.engine.attention import LONGEST_TAIL, Chunk, Part, plan_attention
 from rag.engine.kvcache import KVPool
 from rag.engine.linear import Linear, PackedLinear, make_linear, packs
 from rag.engine.model import DecoderModel, why_unsupported
@@ -107,17 +107,51 @@ def test_rows_that_share_slots_multiply_with_them_once() -> None:
     plan = plan_attention(chunks, windows=[None], query_block=256, device=torch.device("cpu"))
     (group,) = plan.groups[None]
     assert plan.order == (0, 2, 1)
-    parts = {(p.begin, p.end, p.column, p.slot, p.length) for p in group.parts}
-    assert parts == {
-        (0, 3, 0, 0, 50),  # the shared run, read once for all three tokens
-        (0, 1, 50, 90, 5),
-        (1, 3, 50, 50, 2),
-        (3, 4, 0, 200, 10),
-    }
-    assert group.width == 55
-    assert group.mask is not None and group.mask_from == 10
-    visible = (~group.mask[:, 0]).sum(1).tolist()
-    assert visible == [45, 41, 42, 0]  # of columns 10 to 54, for positions 54, 50, 51 and 9
+    assert group.parts == (Part(0, 3, 0, 0, 50),)  # read once for all three tokens
+    assert group.tails is not None and group.tails.length == 10
+    slots = group.tails.slots.view(3, 10).tolist()
+    assert slots[0] == [90, 91, 92, 93, 94, 94, 94, 94, 94, 94]
+    assert slots[1] == [50, 51, 51, 51, 51, 51, 51, 51, 51, 51]
+    assert slots[2] == list(range(200, 210))
+    assert group.tails.tokens is not None
+    assert group.tails.tokens.tolist() == [[0, 0], [1, 2], [3, 3]]
+    assert (group.width, group.mask_from) == (60, 0)
+    assert group.mask is not None
+    seen = [row.nonzero().flatten().tolist() for row in ~group.mask[:, 0]]
+    assert seen == [
+        [*range(50), 50, 51, 52, 53, 54],
+        [*range(50), 50],
+        [*range(50), 50, 51],
+        [*range(50, 60)],
+    ]
+
+
+def test_a_window_reads_only_the_slots_in_it() -> None:
+    chunks = [Chunk([1], 99, [(300, 400)])]
+    plan = plan_attention(chunks, windows=[None, 16], query_block=256, device=torch.device("cpu"))
+    assert plan.groups[None][0].parts == (Part(0, 1, 0, 300, 100),)
+    assert plan.groups[16][0].parts == (Part(0, 1, 0, 384, 16),)
+    assert plan.groups[16][0].mask is None
+
+
+def test_rows_with_long_contexts_of_their_own_are_read_in_place() -> None:
+    model = make_random_model("llama")
+    ours = DecoderModel(model)
+    pool = ours.new_pool(1200)
+    rows = [random_tokens(length, seed) for seed, length in enumerate((LONGEST_TAIL + 40, 30, 350))]
+    starts = (0, 500, 600)
+    for row, start in zip(rows, starts, strict=True):
+        ours.forward([Chunk(row[:-3], 0, [(start, start + len(row) - 3)], 0)], pool)
+    results = forward(
+        ours,
+        [
+            Chunk(row[-3:], len(row) - 3, [(start, start + len(row))], 3)
+            for row, start in zip(rows, starts, strict=True)
+        ],
+        pool,
+    )
+    for result, row in zip(results, rows, strict=True):
+        torch.testing.assert_close(result, expected_logits(model, row)[-3:], atol=2e-3, rtol=1e-4)
 
 
 def test_bfloat16_stays_within_a_bound_of_transformers() -> None:

@@ -138,7 +138,7 @@ def test_the_pool_never_holds_more_than_its_budget() -> None:
         stats = engine.stats().cache
         assert stats.free + stats.cached == stats.capacity == 512
     assert stats.evicted_tokens > 5000
-    assert stats.bytes == 3 * 2 * 2 * 16 * 544 * 4  # layers, K and V, heads, dims, slots, bytes
+    assert stats.bytes == 3 * 2 * 2 * 16 * 512 * 4  # layers, K and V, heads, dims, slots, bytes
 
 
 def test_where_slots_run_out_the_youngest_is_computed_again() -> None:

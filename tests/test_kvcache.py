@@ -174,21 +174,17 @@ def test_ten_thousand_random_operations_agree_with_a_dictionary() -> None:
     assert cache.evicted_tokens > 1000 and cache.hit_tokens > 1000  # the test went where it should
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_the_pool_gives_back_what_was_written(device: str) -> None:
-    """On "meta" only shapes are checked: the layout of every device but the CPU."""
+def test_the_pool_gives_back_what_was_written() -> None:
     pool = KVPool(
         num_layers=2, num_kv_heads=2, head_dim=4, capacity=40,
-        dtype=torch.float32, device=torch.device(device),
+        dtype=torch.float32, device=torch.device("cpu"),
     )  # fmt: skip
-    keys, values = torch.randn(3, 2, 4, device=device), torch.randn(3, 2, 4, device=device)
+    keys, values = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
     pool.write(1, (10, 13), keys, values)
-    pool.write(1, torch.tensor([20, 5, 6], device=device), keys, values)
-    assert pool.keys(1, 10, 13).shape == (2, 4, 3) and pool.values(1, 10, 13).shape == (2, 3, 4)
-    if device == "cpu":
-        assert torch.equal(pool.keys(1, 10, 13), keys.permute(1, 2, 0))
-        assert torch.equal(pool.values(1, 10, 13), values.transpose(0, 1))
-        assert torch.equal(pool.keys(1, 5, 7), keys[1:].permute(1, 2, 0))
-        assert torch.equal(pool.values(1, 20, 21), values[:1].transpose(0, 1))
-        assert not pool.keys(0, 0, 40).any()
-    assert pool.bytes == 2 * 2 * 2 * 4 * 96 * 4
+    pool.write(1, torch.tensor([20, 5, 6]), keys, values)
+    assert torch.equal(pool.keys(1, 10, 13), keys.transpose(0, 1))
+    assert torch.equal(pool.values(1, 10, 13), values.transpose(0, 1))
+    assert torch.equal(pool.keys(1, 5, 7), keys[1:].transpose(0, 1))
+    assert torch.equal(pool.gather_values(1, torch.tensor([6, 20])), values[[2, 0]].transpose(0, 1))
+    assert not pool.keys(0, 0, 40).any()
+    assert pool.bytes == 2 * 2 * 2 * 4 * 40 * 4
