@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-_REPOSITORY = str(Path(__file__).resolve().parent.parent)
+_HERE = Path(__file__).resolve().parent
+_REPOSITORY = str(_HERE.parent)
 if _REPOSITORY not in sys.path:  # run from a checkout that is not installed
     sys.path.insert(0, _REPOSITORY)
 
@@ -23,10 +24,10 @@ from rag.errors import RagError  # noqa: E402
 
 def main() -> None:
     st.set_page_config(
-        page_title=say("title"), page_icon=":material/menu_book:", layout="centered",
+        page_title=say("title"), page_icon=str(_HERE / "icon.png"), layout="centered",
         initial_sidebar_state="auto",
     )
-    st.html(Path(__file__).parent / "style.css")
+    st.html(_HERE / "style.css")
     if not _is_let_in():
         return
     try:

@@ -102,10 +102,12 @@ def _show_welcome(base: KnowledgeBase) -> None:
     if not examples:
         return
     st.html(f'<div class="lr-label">{say("try_one")}</div>')
+    columns = st.columns(2, gap="small")
     for number, question in enumerate(examples):
-        if st.button(question, key=f"example-{number}", width="stretch"):
-            ask(question)
-            st.rerun()
+        with columns[number % 2]:
+            if st.button(question, key=f"example-{number}", width="stretch"):
+                ask(question)
+                st.rerun()
 
 
 # one turn

@@ -112,8 +112,8 @@ def _show_files(records: list[FileRecord]) -> None:
         {
             say("file"): record.path,
             say("status"): say("ok") if record.status == "ok" else say("failed_file"),
-            say("pages_column"): record.pages or None,
-            say("chunks_column"): record.chunks,
+            say("pages_column"): str(record.pages or ""),
+            say("chunks_column"): str(record.chunks),
             say("size"): _megabytes(record.size),
             say("notes"): "; ".join([*([record.error] if record.error else []), *record.warnings]),
         }

@@ -57,7 +57,7 @@ def places(answer: Answer) -> list[Place]:
 def show(base: KnowledgeBase, place: Place) -> None:
     """Open the file in a dialog."""
 
-    @st.dialog(say("page_picture") if place.page is not None else say("file"), width="large")
+    @st.dialog(say("page_picture") if place.page is not None else say("file"), width="medium")
     def _dialog() -> None:
         st.html(f'<div class="lr-file">{escape(place.path)}</div>')
         try:
@@ -105,7 +105,14 @@ def _show_pages(file: Path, place: Place, base: KnowledgeBase) -> None:
 def _show_text(document_text: str, place: Place | None) -> None:
     spans = list(place.spans) if place is not None else []
     pieces: list[str] = []
+    links: list[str] = []
     for segment in segments(document_text, 0, len(document_text), spans):
         shown = escape(segment.text)
-        pieces.append(f"<mark>{shown}</mark>" if segment.kind == "cited" else shown)
+        if segment.kind == "cited":
+            number = len(links) + 1
+            links.append(f'<a class="lr-chip" href="#passage-{number}">{number}</a>')
+            shown = f'<mark id="passage-{number}">{shown}</mark>'
+        pieces.append(shown)
+    if links:
+        st.html(f'<div class="lr-muted">{say("go_to_passage")} {"".join(links)}</div>')
     st.html(f'<div class="lr-document" tabindex="0">{"".join(pieces)}</div>')

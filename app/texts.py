@@ -86,6 +86,7 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "The passage could not be found on the page picture, so nothing is marked on it.",
         "没能在页面图像上定位这段文字，因此没有标出。",
     ),
+    "go_to_passage": ("Go to the passage", "跳到引用处"),
     "download_source": ("Download the file", "下载原文件"),
     # what it cost
     "what_happened": ("What happened", "过程"),
@@ -114,7 +115,7 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "conversations": ("Conversations", "对话记录"),
     "search_conversations": ("Search in conversations", "搜索对话"),
     "no_conversation": ("No conversation holds this.", "没有包含它的对话。"),
-    "rename": ("Name", "名称"),
+    "rename": ("Rename", "重命名"),
     "delete": ("Delete", "删除"),
     "export": ("Export as Markdown", "导出为 Markdown"),
     "was_useful": ("Was this answer useful?", "这个回答有用吗？"),
