@@ -272,6 +272,8 @@ def _continues(last: Line, line: Line, edges: _Edges, num_lines: int) -> bool:
     left, _ = edges.of(line)
     if num_lines == 1 and line.x0 - last.x0 > 0.5 * line.height and not _BULLET.match(last.text):
         return False
+    if num_lines == 1 and line.x0 - left > 1.2 * line.height and _CLOSED.search(last.text):
+        return False  # both are indented: two paragraphs, the first of one line
     if num_lines > 1 and line.x0 - left > 1.2 * line.height and line.x0 - last.x0 > 0.8 * line.height:
         return False
     return _was_full(last, line, edges)

@@ -19,6 +19,7 @@ _CHINESE = re.compile(
     rf"[ \t\u3000]*(?P<number>第{_NUMBER}(?P<kind>分编|编|部分|章|节|条)(?:之{_NUMBER})?)"
     r"(?P<gap>[ \t\u3000\u2002\u2003]*)(?P<rest>[^\n]*)"
 )
+_UNNUMBERED = re.compile(r"[ \t\u3000]*(?P<title>附[ \t\u3000\u2002]*则|序[ \t\u3000\u2002]*言)[ \t]*$")
 _CHINESE_LEVEL = {"编": 1, "部分": 1, "分编": 2, "章": 3, "节": 4, "条": 5}
 _ENGLISH = re.compile(
     r"[ \t]*(?P<kind>PART|BOOK|CHAPTER|SECTION|ARTICLE|Part|Book|Chapter|Section|Article)"
@@ -70,7 +71,7 @@ def add_articles(headings: list[Heading], text: str) -> list[Heading]:
     articles = [
         Heading(level, candidate.title, candidate.start)
         for candidate in candidates
-        if not any(start <= candidate.start < start + 8 for start in _near(taken, candidate.start))
+        if not any("\n" not in text[start : candidate.start] for start in _near(taken, candidate.start))
     ]
     return sorted([*headings, *articles], key=lambda heading: heading.start)
 
@@ -117,6 +118,9 @@ def _read_line(line: str, start: int) -> _Candidate | None:
             return None
         number = _SPACES.sub("", match["number"])
         return _Candidate(level, f"{number} {_join_spaced(rest)}".strip(), begin, start + len(line))
+    if match := _UNNUMBERED.match(line):
+        title = "".join(match["title"].split())
+        return _Candidate(1, title, start + match.start("title"), start + len(line))
     if match := _ENGLISH.match(line):
         rest = (match["rest"] or "").strip()
         if len(rest) > _MAX_TITLE or rest.endswith((",", ";")) or re.search(r"\.{4,}", rest):

@@ -75,12 +75,21 @@ class RootTable:
             return max(named, key=lambda root: len(root.prefix))
         return next((root for root in self.roots if not root.prefix), None)
 
-    def add(self, paths: Sequence[Path], taken: Iterable[str]) -> tuple[RootTable, list[Scope]]:
+    def add(
+        self, paths: Sequence[Path], taken: Iterable[str], *, kb: Path
+    ) -> tuple[RootTable, list[Scope]]:
         """The table with what is needed for `paths`, and the scopes they name.
 
-        `taken` are the paths in the base, whose first folders no new prefix may repeat. Raises
-        InputError for a path that doesn't exist.
+        `taken` are the paths in the base, whose first folders no new prefix may repeat. The base's
+        own folder `kb` is never scanned as part of a folder around it, so a root in it (where a
+        page keeps what was uploaded) stays one. Raises InputError for a path that doesn't exist.
         """
+        own = Path(os.path.realpath(kb))
+
+        def holds(outer: Path, inner: Path) -> bool:
+            is_own = inner.is_relative_to(own) and not outer.is_relative_to(own)
+            return inner.is_relative_to(outer) and not is_own
+
         real: list[Path] = []
         for path in paths:
             if not path.exists():
@@ -90,13 +99,13 @@ class RootTable:
             {path if path.is_dir() else path.parent for path in real}, key=lambda f: len(f.parts)
         )
         roots = list(self.roots)
-        fresh = [f for f in folders if not any(f.is_relative_to(root.folder) for root in roots)]
+        fresh = [f for f in folders if not any(holds(root.folder, f) for root in roots)]
         outer: list[Path] = []
         for folder in fresh:
-            if not any(folder.is_relative_to(other) for other in outer):
+            if not any(holds(other, folder) for other in outer):
                 outer.append(folder)
         # A folder around a known one takes its place: the same files must not stand there twice.
-        roots = [root for root in roots if not any(root.folder.is_relative_to(f) for f in outer)]
+        roots = [root for root in roots if not any(holds(f, root.folder) for f in outer)]
         used = {path.split("/", 1)[0] for path in taken} | {root.prefix.rstrip("/") for root in roots}
         for folder in outer:
             if not roots and len(outer) == 1:

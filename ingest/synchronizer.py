@@ -160,7 +160,7 @@ class _Run:
     def _make_plan(self, known: dict[str, FileRecord], roots_text: str | None) -> _Plan:
         kb = Path(self._settings.kb)
         before = RootTable.from_json(roots_text, kb)
-        roots, scopes = before.add(self._paths, known)
+        roots, scopes = before.add(self._paths, known, kb=kb)
         found = scan(scopes, kb=kb, include=self._include, exclude=self._exclude)
         hashes = hash_files(list(found.sources.values()))
         gone = _find_gone(known, found, before, roots, scopes)

@@ -320,6 +320,17 @@ def test_the_base_in_the_folder_is_not_ingested(tmp_path: Path) -> None:
     assert statuses(sync_words(tmp_path, tmp_path)) == {"a.txt": "unchanged"}
 
 
+def test_a_root_inside_of_the_base_stays_when_a_folder_around_it_is_ingested(tmp_path: Path) -> None:
+    uploads = tmp_path / "kb" / "uploads"
+    write(uploads / "a.txt", "uploaded")
+    write(tmp_path / "b.txt", "one")
+    assert statuses(sync_words(tmp_path, uploads)) == {"a.txt": "added"}
+    name = f"{tmp_path.name}/b.txt"
+    assert statuses(sync_words(tmp_path, tmp_path)) == {name: "added"}
+    both = statuses(sync_words(tmp_path, tmp_path, uploads))
+    assert both == {"a.txt": "unchanged", name: "unchanged"}
+
+
 def test_links_are_not_followed(tmp_path: Path) -> None:
     docs = tmp_path / "docs"
     write(tmp_path / "outside.txt", "secret")
