@@ -54,7 +54,8 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What the reader said. `confidence` is the mean log-probability of its tokens, in nats."""
+    """What the reader said. `confidence` is the mean log-probability of its tokens, in nats; the
+    token that ends the answer isn't one of them."""
 
     text: str  # without the marker
     marker: int | None
@@ -113,10 +114,10 @@ class ReaderModel:
             scores = out.logits[0, -1].float().log_softmax(-1)
             token = int(scores.argmax())
             first = first or time.perf_counter() - began
-            logprobs.append(float(scores[token]))
             if token == self.end_id or len(new) >= max_new_tokens:
                 break
             new.append(token)
+            logprobs.append(float(scores[token]))
             out = self.model(
                 torch.tensor([[token]], device=self.device),
                 past_key_values=out.past_key_values,
@@ -132,7 +133,7 @@ class ReaderModel:
             text=text[: marked.start()].strip() if marked else text,
             marker=int(marked.group(1)) if marked else None,
             refused=refused,
-            confidence=sum(logprobs) / len(logprobs),
+            confidence=sum(logprobs) / len(logprobs) if logprobs else -math.inf,
             seconds_to_first_token=first,
             seconds=time.perf_counter() - began,
             prompt_tokens=len(ids),
@@ -276,6 +277,46 @@ def fit_confidence(
         if float(np.abs(step).max()) < 1e-9:
             break
     return float(weights[0]), float(weights[1])
+
+
+def calibrate(
+    reader: ReaderModel, collections: Sequence[Collection], *, questions: int, rng: random.Random
+) -> dict[str, float]:
+    """Fit the confidence on questions kept from training, with four passages, one in five without
+    an answer. Refusals are left out: they say themselves that nothing was found.
+
+    Returns bias, logprob and support (the weight of another measure, not fitted here: 0), the
+    threshold at which an answer is as likely right as wrong, and what it does on these questions.
+    An answer is right where its F1 is at least 0.5.
+    """
+    confidences: list[float] = []
+    right: list[float] = []
+    for collection in collections:
+        drawn = rng.sample(range(len(collection.questions)), min(questions, len(collection.questions)))
+        answers = [
+            (collection.paragraphs[q.paragraph].text[q.start : q.end],) for q in collection.questions
+        ]
+        none = drawn[: len(drawn) // 5]
+        asked = with_passages(collection, drawn[len(none) :], answers, rng=rng)
+        asked += with_passages(collection, none, answers, rng=rng, answerable=False)
+        language = detect_language(asked[0].question)
+        for a, s in zip(asked, measure(reader, asked)[1]):
+            if not s.refused and math.isfinite(s.confidence):
+                confidences.append(s.confidence)
+                right.append(float(a.gold is not None and f1(s.text, a.answers, language) >= 0.5))
+    slope, offset = fit_confidence(np.array(confidences), np.array(right))
+    chance = 1 / (1 + np.exp(-(slope * np.array(confidences) + offset)))
+    shown = chance >= 0.5
+    return {
+        "bias": offset,
+        "logprob": slope,
+        "support": 0.0,
+        "threshold": 0.5,
+        "answers": float(len(right)),
+        "right": float(np.mean(right)),
+        "shown": float(np.mean(shown)),
+        "right_where_shown": float(np.mean(np.array(right)[shown])) if shown.any() else 0.0,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

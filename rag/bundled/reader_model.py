@@ -7,7 +7,7 @@ input and output embeddings are one matrix.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -19,6 +19,10 @@ from torch import Tensor, nn
 from rag.bundled.reader_data import IGNORED, Example
 
 EPS = 1e-6
+TRAINING_ONLY = (
+    "sentence_head.weight", "no_sentence", "match_head.weight", "coverage_head.weight", "head_bias"
+)
+PLAIN_ATTENTION = 512  # longest row that goes through the plain product on a processor
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,20 +117,40 @@ class Attention(nn.Module):
         D = self.head_dim
         weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
         qkv = F.linear(x, weight)
-        q, k, v = qkv.split([self.heads * D, self.kv_heads * D, self.kv_heads * D], dim=-1)
-        q = rotate(self.q_norm(q.view(B, T, self.heads, D)), rotation).transpose(1, 2)
-        k = rotate(self.k_norm(k.view(B, T, self.kv_heads, D)), rotation).transpose(1, 2)
+        qk, v = qkv.split([(self.heads + self.kv_heads) * D, self.kv_heads * D], dim=-1)
+        qk = qk.view(B, T, self.heads + self.kv_heads, D)
+        scale = torch.cat(
+            [
+                self.q_norm.weight.expand(self.heads, D),
+                self.k_norm.weight.expand(self.kv_heads, D),
+            ]
+        )
+        qk = rotate(F.rms_norm(qk, (D,), None, EPS) * scale, rotation).transpose(1, 2)
+        q, k = qk.split([self.heads, self.kv_heads], dim=1)
         v = v.view(B, T, self.kv_heads, D).transpose(1, 2)  # (B, H, T, D)
         if self.heads != self.kv_heads:
             times = self.heads // self.kv_heads
             wide_k, wide_v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
         else:
             wide_k, wide_v = k, v
-        out = F.scaled_dot_product_attention(
-            q, wide_k, wide_v, attn_mask=mask, is_causal=mask is None
-        )
+        out = attend(q, wide_k, wide_v, mask)
         out = self.o_proj(out.transpose(1, 2).reshape(B, T, self.heads * D))
         return out, q[:, 0], k[:, 0]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention, causal where there is no mask. All (B, H, T, D).
+
+    On a processor the plain product is three times as fast as the fused one for rows this short
+    (bfloat16, forward and backward, 124 tokens).
+    """
+    T = q.shape[2]
+    if q.is_cuda or T > PLAIN_ATTENTION:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    if mask is None:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+    return scores.masked_fill(~mask, -1e4).softmax(-1) @ v
 
 
 class FeedForward(nn.Module):
@@ -157,6 +181,11 @@ class Layer(nn.Module):
         attended, q, k = self.self_attn(self.input_layernorm(x), rotation, mask)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), q, k
+
+
+LayerFunction = Callable[
+    [Layer, Tensor, tuple[Tensor, Tensor], Tensor | None], tuple[Tensor, Tensor, Tensor]
+]
 
 
 class Body(nn.Module):
@@ -191,6 +220,9 @@ class Batch:
     sentence_ends: Tensor  # (B, S) positions, padded with 0
     sentence_kept: Tensor  # (B, S) true where a sentence is
     gold_sentence: Tensor  # (B,) index among the sentences; S where none answers
+    match_weight: Tensor  # (B, T) how much a passage token's match counts, 0 elsewhere
+    matches: Tensor  # (B, T) 1 where the passage token is one of the question's
+    coverage: Tensor  # (B, T) share of the question's tokens said in the sentence up to here
     tokens: int  # without padding
 
 
@@ -203,12 +235,14 @@ class Losses:
     answer: Tensor
     pointer: Tensor
     sentence: Tensor
+    match: Tensor
+    coverage: Tensor
     exact: Tensor
     exact_first: Tensor
 
 
 class Reader(nn.Module):
-    """The network with the heads that only training has (`sentence_head`, `no_sentence`)."""
+    """The network with the heads that only training has (TRAINING_ONLY)."""
 
     def __init__(self, config: ReaderConfig) -> None:
         super().__init__()
@@ -216,6 +250,11 @@ class Reader(nn.Module):
         self.model = Body(config)
         self.sentence_head = nn.Linear(config.hidden_size, 1, bias=False)
         self.no_sentence = nn.Parameter(torch.zeros(1))
+        self.match_head = nn.Linear(config.hidden_size, 1, bias=False)
+        self.coverage_head = nn.Linear(config.hidden_size, 1, bias=False)
+        self.head_bias = nn.Parameter(torch.zeros(2))
+        # one function for all layers, so that compiling it compiles once
+        self.run_layer: LayerFunction = Layer.forward
         self.reset()
 
     def reset(self, vectors: NDArray[np.float32] | None = None) -> None:
@@ -229,7 +268,7 @@ class Reader(nn.Module):
             for name, parameter in self.named_parameters():
                 if parameter.ndim == 2:
                     nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-                if name.endswith(("o_proj.weight", "down_proj.weight", "sentence_head.weight")):
+                if name.endswith(("o_proj.weight", "down_proj.weight", "_head.weight")):
                     parameter.mul_(0.1)
             if vectors is not None:
                 noise = torch.randn_like(self.model.embed_tokens.weight) * config.hidden_size**-0.5
@@ -260,7 +299,7 @@ class Reader(nn.Module):
         inputs, heads = [], []
         for layer in self.model.layers:
             inputs.append(x)
-            x, q, k = layer(x, rotation, mask)
+            x, q, k = self.run_layer(layer, x, rotation, mask)
             heads.append((q, k))
         return self.model.norm(x), inputs, heads
 
@@ -270,9 +309,21 @@ class Reader(nn.Module):
         """(B, T, vocab_size), as Qwen3ForCausalLM gives them."""
         return F.linear(self.hidden(ids, positions, mask)[0], self.model.embed_tokens.weight)
 
-    def losses(self, batch: Batch, *, pointer_weight: float, sentence_weight: float) -> Losses:
+    def losses(
+        self,
+        batch: Batch,
+        *,
+        pointer_weight: float,
+        sentence_weight: float,
+        match_weight: float = 0.0,
+    ) -> Losses:
         """The answer's cross-entropy; how far the pointer heads look from where it is copied
-        from; and which sentence answers, told from the sentences' last tokens.
+        from; which sentence answers, told from the sentences' last tokens; which passage tokens
+        the question holds too, told after two layers, and how much of the question the sentence
+        has said so far, told after three.
+
+        The last two say at every token what matching a question with a passage is made of; the
+        answer's own loss takes far longer to come upon it.
 
         The pointer loss trains the first head of the last two layers to attend, from each answer
         position, to the token that comes next (the attention of pointer networks, Vinyals et al.,
@@ -314,12 +365,34 @@ class Reader(nn.Module):
             scores = scores.masked_fill(~batch.sentence_kept, -1e9)
             none = self.no_sentence.float().expand(len(scores), 1)
             sentence = F.cross_entropy(torch.cat([scores, none], 1), batch.gold_sentence)
-        total = answer + pointer_weight * pointer + sentence_weight * sentence
+        # what the question and the passages share
+        match, coverage = answer.new_zeros(()), answer.new_zeros(())
+        if match_weight:
+            weight = batch.match_weight / batch.match_weight.sum().clamp(min=1.0)
+            deep = min(3, self.config.num_hidden_layers - 1)
+            told = F.rms_norm(inputs[min(2, deep)], (x.shape[-1],))
+            scores = self.match_head(told)[..., 0].float() + self.head_bias[0].float()
+            match = (
+                F.binary_cross_entropy_with_logits(scores, batch.matches, reduction="none") * weight
+            ).sum()
+            told = F.rms_norm(inputs[deep], (x.shape[-1],))
+            scores = self.coverage_head(told)[..., 0].float() + self.head_bias[1].float()
+            coverage = (
+                F.binary_cross_entropy_with_logits(scores, batch.coverage, reduction="none") * weight
+            ).sum()
+        total = (
+            answer
+            + pointer_weight * pointer
+            + sentence_weight * sentence
+            + match_weight * (match + coverage)
+        )
         return Losses(
             total,
             answer.detach(),
             pointer.detach(),
             sentence.detach(),
+            match.detach(),
+            coverage.detach(),
             right.mean().detach(),
             right[batch.first].mean().detach(),
         )
@@ -355,12 +428,42 @@ def block_mask(
     return causal & (same | asks | (owner[None] == 0))
 
 
+def shared_tokens(example: Example, weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What an example's passages share with the question, by position. Returns (3, length):
+    how much the position counts (0 outside of passages, and in the second layout, where passages
+    don't know the question), whether the question holds its token, and which share of the
+    question's tokens, by weight, its sentence has said up to there."""
+    ids = example.ids
+    found = np.zeros((3, len(ids)), np.float32)
+    if example.blocks or not example.passage_starts:
+        return found
+    first, last = example.passage_starts[0], example.question_start
+    asked = np.unique(ids[1:first])
+    total = float(weights[asked].sum()) or 1.0
+    inside = np.isin(ids[first:last], asked)
+    found[0, first:last] = 0.1 + weights[ids[first:last]]
+    found[1, first:last] = inside
+    start = first
+    for end in [*example.sentence_ends.tolist(), last - 1]:
+        said: set[int] = set()
+        gained = np.zeros(max(0, end + 1 - start), np.float32)
+        for offset in np.flatnonzero(inside[start - first : end + 1 - first]).tolist():
+            token = int(ids[start + offset])
+            if token not in said:
+                said.add(token)
+                gained[offset] = weights[token]
+        found[2, start : end + 1] = np.cumsum(gained) / total
+        start = max(start, end + 1)
+    return found
+
+
 def collate(
     examples: Sequence[Example],
     *,
     device: torch.device,
     rng: np.random.Generator,
     vocab_size: int,
+    weights: NDArray[np.float32] | None = None,
     others: int = 1024,
     pad_id: int = 5,
 ) -> Batch:
@@ -368,6 +471,7 @@ def collate(
 
     An answer is copied, so the softmax runs over the tokens of the batch and `others` drawn ones:
     a tenth of the work, and rows of tokens that don't occur aren't pushed about (Jean et al., 2015).
+    `weights` (vocab_size,) say how much it tells when question and passage share a token.
     """
     B = len(examples)
     length = max(len(e.ids) for e in examples)
@@ -379,7 +483,13 @@ def collate(
     blocks = any(e.blocks for e in examples)
     positions = np.tile(np.arange(length), (B, 1)) if blocks else None
     mask = np.tile(np.tril(np.ones((length, length), bool)), (B, 1, 1, 1)) if blocks else None
+    match_weight, matches, coverage = np.zeros((3, B, length), np.float32)
     for row, example in enumerate(examples):
+        if weights is not None:
+            columns = slice(0, len(example.ids))
+            match_weight[row, columns], matches[row, columns], coverage[row, columns] = shared_tokens(
+                example, weights
+            )
         n = len(example.ids)
         ids[row, :n] = example.ids
         sentences = len(example.sentence_ends)
@@ -414,5 +524,8 @@ def collate(
         sentence_ends=tensor(ends),
         sentence_kept=tensor(kept),
         gold_sentence=tensor(gold),
+        match_weight=tensor(match_weight),
+        matches=tensor(matches),
+        coverage=tensor(coverage),
         tokens=sum(len(e.ids) for e in examples),
     )

@@ -39,10 +39,21 @@ from rag.bundled.reader_data import (
     load_plain,
     read_rows,
 )
-from rag.bundled.reader_model import PRESETS, Batch, Losses, Reader, collate
+from rag.bundled.reader_eval import ReaderModel, calibrate
+from rag.bundled.reader_export import draw_curve, export_tokenizer, export_weights, write_json
+from rag.bundled.reader_model import (
+    PRESETS,
+    TRAINING_ONLY,
+    Batch,
+    Layer,
+    Losses,
+    Reader,
+    collate,
+)
 from rag.bundled.reader_tokenizer import load_tokenizer, train_tokenizer
 from rag.bundled.reader_vectors import count_neighbours, factorise, spread
 from rag.language import Language
+from rag.prompt import READER_TOKENS
 
 # (share of the budget at which it ends, what its examples look like)
 PLAN: tuple[tuple[float, Stage], ...] = (
@@ -53,6 +64,7 @@ PLAN: tuple[tuple[float, Stage], ...] = (
 )
 COPY_TOKENS = 48  # length of the stretch that is said twice
 COPY_LIMIT = 0.15  # most of the budget that copying may take
+AVERAGE_EVERY = 4  # steps between two updates of the weights' moving average
 COPIED = 0.97  # share of tokens copied right at which reading begins
 
 
@@ -75,6 +87,9 @@ class Options:
     megabytes: float
     from_progress: float
     limit: int | None
+    calibration_questions: int
+    export_only: bool
+    compile: bool
 
 
 # --- optimiser ----------------------------------------------------------------------------------
@@ -115,6 +130,20 @@ class Optimiser:
         ]
         self.rates = (muon_rate, adam_rate)
         self.updates = 0
+        by_adam = [n for n in range(len(self.names)) if not self._by_muon(n)]
+        self.by_muon = [n for n in range(len(self.names)) if self._by_muon(n)]
+        # vectors (norms, the sentence head) move faster than the embeddings
+        groups = [
+            {"params": [self.masters[n] for n in by_adam if "embed" in self.names[n]], "times": 1.0},
+            {"params": [self.masters[n] for n in by_adam if "embed" not in self.names[n]], "times": 4.0},
+        ]
+        self.adam = torch.optim.Adam(groups, lr=adam_rate, betas=(0.9, 0.98), fused=True)
+        for n in by_adam:
+            self.adam.state[self.masters[n]] = {
+                "step": torch.zeros((), device=self.masters[n].device),
+                "exp_avg": self.first[n],
+                "exp_avg_sq": self.second[n],
+            }
 
     def _by_muon(self, n: int) -> bool:
         return self.parameters[n].ndim == 2 and ".layers." in self.names[n]
@@ -125,36 +154,38 @@ class Optimiser:
         self.updates += 1
         norm = float(torch.stack([g.norm() for g in gradients]).norm())
         clip = min(1.0, 1.0 / (norm + 1e-6))
-        muon_rate, adam_rate = (rate * scale for rate in self.rates)
-        groups: dict[tuple[int, ...], list[int]] = {}
-        beta = min(0.95, 0.85 + self.updates / 3000)
-        for n, gradient in enumerate(gradients):
-            if self._by_muon(n):
-                self.first[n].lerp_(gradient, 1 - beta)
-                groups.setdefault(tuple(gradient.shape), []).append(n)
-                continue
-            gradient = gradient * clip
-            self.first[n].lerp_(gradient, 0.1)
-            self.second[n].lerp_(gradient.square(), 0.02)
-            corrected = self.second[n] / (1 - 0.98**self.updates)
-            step = self.first[n] / (1 - 0.9**self.updates) / (corrected.sqrt() + 1e-8)
-            # vectors (norms, the sentence head) move faster than the embeddings
-            self.masters[n].add_(step, alpha=-adam_rate * (1.0 if self.masters[n].ndim == 2 else 4.0))
-        for (rows, columns), members in groups.items():
-            stacked = torch.stack(
-                [gradients[n].lerp(self.first[n], beta) for n in members]
-            )
-            if stacked.is_cuda:
-                stacked = stacked.bfloat16()
-            step = orthogonalise(stacked).float()
-            for n, change in zip(members, step):
-                self.masters[n].mul_(1 - 0.02 * muon_rate)
-                self.masters[n].add_(change, alpha=-muon_rate * max(1.0, rows / columns) ** 0.5)
-        decay = min(0.998, (1 + self.updates) / (10 + self.updates))
-        for parameter, master, average in zip(self.parameters, self.masters, self.average):
+        # the two halves touch different tensors, so a second core takes one of them
+        other = threading.Thread(target=self._update_by_muon, args=(gradients, scale))
+        other.start()
+        for master, gradient in zip(self.masters, gradients):
+            if master in self.adam.state:
+                master.grad = gradient.mul_(clip)
+        for group in self.adam.param_groups:
+            group["lr"] = self.rates[1] * scale * group["times"]
+        self.adam.step()
+        other.join()
+        for parameter, master in zip(self.parameters, self.masters):
             parameter.copy_(master)
-            average.lerp_(master, 1 - decay)
+        if self.updates % AVERAGE_EVERY == 0:
+            decay = min(0.998, (1 + self.updates) / (10 + self.updates)) ** AVERAGE_EVERY
+            for master, average in zip(self.masters, self.average):
+                average.lerp_(master, 1 - decay)
         return norm
+
+    @torch.no_grad()
+    def _update_by_muon(self, gradients: Sequence[Tensor], scale: float) -> None:
+        rate = self.rates[0] * scale
+        beta = min(0.95, 0.85 + self.updates / 3000)
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for n in self.by_muon:
+            self.first[n].lerp_(gradients[n], 1 - beta)
+            groups.setdefault(tuple(gradients[n].shape), []).append(n)
+        for (rows, columns), members in groups.items():
+            stacked = torch.stack([gradients[n].lerp(self.first[n], beta) for n in members])
+            step = orthogonalise(stacked.bfloat16()).float()
+            for n, change in zip(members, step):
+                self.masters[n].mul_(1 - 0.02 * rate)
+                self.masters[n].add_(change, alpha=-rate * max(1.0, rows / columns) ** 0.5)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -168,11 +199,15 @@ class Optimiser:
 
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
-        assert state["names"] == self.names, "the state belongs to another network"
+        saved_at = {name: n for n, name in enumerate(state["names"])}
         for key in ("masters", "average", "first", "second"):
-            for mine, saved in zip(getattr(self, key), state[key]):
-                mine.copy_(saved)
+            for name, mine in zip(self.names, getattr(self, key)):
+                # heads that only training has may be newer than the checkpoint
+                if name in saved_at or name not in TRAINING_ONLY:
+                    mine.copy_(state[key][saved_at[name]])
         self.updates = state["updates"]
+        for held in self.adam.state.values():
+            held["step"].fill_(float(self.updates))
         for parameter, master in zip(self.parameters, self.masters):
             parameter.copy_(master)
 
@@ -185,16 +220,26 @@ class Workers:
     network share their weights; gradients are summed.
     """
 
-    def __init__(self, reader: Reader, count: int) -> None:
+    def __init__(self, reader: Reader, count: int, *, compiled: bool) -> None:
         self.readers = [reader]
         for _ in range(count - 1):
             twin = Reader(reader.config).to(next(reader.parameters()))
             for mine, shared in zip(twin.parameters(), reader.parameters()):
                 mine.data = shared.data
             self.readers.append(twin)
+        self.warm = not compiled
+        if compiled:
+            run_layer = torch.compile(Layer.forward, dynamic=True)
+            for each in self.readers:
+                each.run_layer = run_layer
 
     def gradients(
-        self, batches: Sequence[Batch], *, pointer_weight: float, sentence_weight: float
+        self,
+        batches: Sequence[Batch],
+        *,
+        pointer_weight: float,
+        sentence_weight: float,
+        match_weight: float,
     ) -> tuple[list[Tensor], list[Losses]]:
         """Mean gradients over `batches`, float32, and the losses of each."""
         queue = list(enumerate(batches))
@@ -210,7 +255,10 @@ class Workers:
                             return
                         n, batch = queue.pop()
                     losses = reader.losses(
-                        batch, pointer_weight=pointer_weight, sentence_weight=sentence_weight
+                        batch,
+                        pointer_weight=pointer_weight,
+                        sentence_weight=sentence_weight,
+                        match_weight=match_weight,
                     )
                     (losses.total / len(batches)).backward()
                     done[n] = replace(losses, total=losses.total.detach())
@@ -219,7 +267,9 @@ class Workers:
 
         for reader in self.readers:
             reader.zero_grad(set_to_none=True)
-        threads = [threading.Thread(target=work, args=(r,)) for r in self.readers[1:]]
+        # the first batches compile the layer; that is left to one thread
+        threads = [threading.Thread(target=work, args=(r,)) for r in self.readers[1:] if self.warm]
+        self.warm = True
         for thread in threads:
             thread.start()
         work(self.readers[0])
@@ -310,6 +360,19 @@ def prepare_collections(
     return made
 
 
+def prepare_plain(
+    data: Path, work: Path, *, megabytes: float
+) -> dict[Language, list[list[Paragraph]]]:
+    """By language, the plain text that questions are made from, kept in `work`."""
+    path = work / f"plain{megabytes:g}.pickle"
+    if not path.exists():
+        languages: tuple[Language, ...] = ("en", "zh")
+        loaded = {name: load_plain(data, name, megabytes=megabytes, seed=1) for name in languages}
+        path.write_bytes(pickle.dumps(loaded))
+    made: dict[Language, list[list[Paragraph]]] = pickle.loads(path.read_bytes())
+    return made
+
+
 # --- the run ------------------------------------------------------------------------------------
 
 
@@ -347,36 +410,48 @@ class Training:
         self.held = {language: pair[1] for language, pair in collections.items()}
         self.rng = random.Random(options.seed)
         self.numpy_rng = np.random.default_rng(options.seed)
-        languages: tuple[Language, ...] = ("en", "zh")
-        self.plain = {
-            name: load_plain(options.data, name, megabytes=options.megabytes, seed=1)
-            for name in languages
-        }
+        self.plain = prepare_plain(options.data, options.work, megabytes=options.megabytes)
         self.maker = ExampleMaker(
             self.tokenizer,
             {language: pair[0] for language, pair in collections.items()},
             self.plain,
             rng=self.rng,
         )
+        self.token_weights = self._token_weights()
         self.reader = Reader(self.config)
         self.reader.reset(vectors)
         self.reader.to(self.device, torch.bfloat16)
         self.optimiser = Optimiser(
             self.reader, muon_rate=options.muon_rate, adam_rate=options.adam_rate
         )
-        self.workers = Workers(self.reader, options.threads if options.device == "cpu" else 1)
+        count = options.threads if options.device == "cpu" else 1
+        self.workers = Workers(self.reader, count, compiled=options.compile)
+        # several small ones a core, so that none waits long for a core that others use too
+        self.micro_batches = 1 if self.device.type == "cuda" else 4 * options.threads
         self.progress = Progress()
         self.pool: list[list[Example]] = []
 
     # examples
+
+    def _token_weights(self) -> NDArray[np.float32]:
+        """How rare each token is among paragraphs, 0 to 1: (vocab_size,)."""
+        seen = np.ones(self.config.vocab_size)
+        drawn = 0
+        for collection in self.maker.collections.values():
+            for paragraph in collection.paragraphs[:: max(1, len(collection.paragraphs) // 1500)]:
+                seen[np.unique(self.tokenizer.encode(" " + paragraph.text).ids)] += 1
+                drawn += 1
+        weights = np.log((drawn + 1) / seen) / np.log(drawn + 1)
+        weights[: len(READER_TOKENS)] = 0.0
+        return weights.astype(np.float32)
 
     def _fill_pool(self, stage: int) -> None:
         """Draw the examples of the next steps and cut them into micro-batches of like length."""
         self.progress.pool_state = (self.rng.getstate(), self.numpy_rng.bit_generator.state)
         self.progress.pool_stage = stage
         self.progress.pool_used = 0
-        micro = self.options.tokens_per_step // len(self.workers.readers)
-        wanted = micro * len(self.workers.readers) * 8
+        micro = self.options.tokens_per_step // self.micro_batches
+        wanted = self.options.tokens_per_step * 8
         examples: list[Example] = []
         held = 0
         while held < wanted:
@@ -406,7 +481,7 @@ class Training:
         if stage != self.progress.pool_stage or self.progress.pool_used >= len(self.pool):
             self._fill_pool(stage)
         first = self.progress.pool_used
-        taken = self.pool[first : first + len(self.workers.readers)]
+        taken = self.pool[first : first + self.micro_batches]
         self.progress.pool_used = first + len(taken)
         return [
             collate(
@@ -414,6 +489,8 @@ class Training:
                 device=self.device,
                 rng=self.numpy_rng,
                 vocab_size=self.config.vocab_size,
+                weights=self.token_weights,
+                others=1024 if self.device.type == "cuda" else 256,
             )
             for examples in taken
         ]
@@ -452,10 +529,52 @@ class Training:
         self.rng.setstate(state["rng"])
         self.numpy_rng.bit_generator.state = state["numpy_rng"]
 
+    def export(self, *, calibration_questions: int = 150) -> None:
+        """Write the averaged weights to `out` as a model folder, with its calibration and facts."""
+        out, progress = self.options.out, self.progress
+        weights = dict(zip(self.optimiser.names, self.optimiser.average))
+        export_weights(weights, self.config, out)
+        export_tokenizer(self.tokenizer, out)
+        settings: dict[str, Any] = {"layout": "reader"}
+        write_json(out / "reader.json", settings)
+        if calibration_questions:
+            settings["confidence"] = calibrate(
+                ReaderModel(out, device=self.options.device),
+                list(self.held.values()),
+                questions=calibration_questions,
+                rng=random.Random(0),
+            )
+            write_json(out / "reader.json", settings)
+        lines = {
+            name: [(row[1] / 1e6, row[column]) for row in progress.history]
+            for name, column in (("answer", 4), ("pointer", 5), ("sentence", 6))
+        }
+        (out / "loss.svg").write_text(
+            draw_curve(lines, title="Training loss (nats)", x_label="million tokens"),
+            encoding="utf8",
+        )
+        last = progress.history[-1] if progress.history else ()
+        write_json(
+            out / "training.json",
+            {
+                "parameters": sum(v.numel() for v in weights.values()),
+                "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+                "threads": self.options.threads,
+                "minutes": round(progress.seconds / 60, 1),
+                "steps": progress.step,
+                "tokens": progress.tokens,
+                "last_losses": dict(zip(("answer", "pointer", "sentence"), last[4:7])),
+                "torch": torch.__version__,
+            },
+        )
+
     # steps
 
-    def run(self) -> None:
-        """Train until the minutes (or steps) are used up, then save."""
+    def run(self, *, most_steps: int | None = None) -> None:
+        """Train until the minutes (or steps) are used up, then save.
+
+        `most_steps` ends this sitting early, the plan still being laid out for all of them.
+        """
         options, progress = self.options, self.progress
         began, before = time.monotonic(), progress.seconds
         total = before + options.minutes * 60
@@ -465,7 +584,9 @@ class Training:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda signum, frame: stopping.append(signum))
         recent: list[tuple[float, ...]] = []
-        while not stopping:
+        copied: list[float] = []
+        last_step = None if most_steps is None else progress.step + most_steps
+        while not stopping and progress.step != last_step:
             now = time.monotonic()
             progress.seconds = before + now - began
             if options.steps is not None:
@@ -485,18 +606,22 @@ class Training:
             scale = warm * min(1.0, (1 - done) / 0.5)
             batches = self._next_batches(stage)
             gradients, losses = self.workers.gradients(
-                batches, pointer_weight=0.5, sentence_weight=0.3
+                batches,
+                pointer_weight=0.5,
+                sentence_weight=0.3,
+                match_weight=0.0 if stage < 0 else 0.5,
             )
             norm = self.optimiser.update(gradients, scale=scale)
             progress.step += 1
             progress.tokens += sum(b.tokens for b in batches)
             means = [
                 float(sum(float(getattr(item, name)) for item in losses) / len(losses))
-                for name in ("answer", "pointer", "sentence", "exact", "exact_first")
+                for name in ("answer", "pointer", "sentence", "exact", "exact_first", "match", "coverage")
             ]
             recent.append((*means, norm))
-            if stage < 0 and len(recent) >= 10:
-                progress.copied = float(np.mean([r[3] for r in recent[-10:]])) > COPIED
+            if stage < 0:
+                copied = [*copied[-4:], means[3]]
+                progress.copied = len(copied) == 5 and min(copied) > COPIED
             if now - shown >= 15 or options.steps is not None:
                 average = np.mean(recent, 0)
                 progress.history += (
@@ -506,7 +631,8 @@ class Training:
                 print(
                     f"step {progress.step} stage {stage} answer {average[0]:.3f} "
                     f"pointer {average[1]:.3f} sentence {average[2]:.3f} exact {average[3]:.3f} "
-                    f"first {average[4]:.3f} norm {average[5]:.2f} rate {scale:.2f} "
+                    f"first {average[4]:.3f} match {average[5]:.3f} coverage {average[6]:.3f} "
+                    f"norm {average[7]:.2f} rate {scale:.2f} "
                     f"{progress.tokens / 1e6:.2f}M tokens {speed:.0f}/s "
                     f"left {(total - progress.seconds) / 60:.1f} min",
                     flush=True,
@@ -543,6 +669,15 @@ def parse_options(arguments: Sequence[str] | None = None) -> tuple[Options, bool
         "--from-progress", type=float, default=0.0, help="where in the plan this sitting begins, 0..1"
     )
     parser.add_argument("--limit", type=int, help="use so many questions of each language only")
+    parser.add_argument(
+        "--calibration-questions", type=int, default=150, help="of each language; 0 leaves it out"
+    )
+    parser.add_argument(
+        "--export-only", action="store_true", help="write the checkpoint to OUT without training"
+    )
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="compile the layer"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     chosen = parser.parse_args(arguments)
     values = vars(chosen)
@@ -557,11 +692,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cpu":
         torch.set_num_threads(1)  # each worker has one core
     training = Training(options)
-    if resume:
+    if resume or options.export_only:
         training.resume()
     sizes = sum(p.numel() for p in training.reader.parameters())
     print(json.dumps({"parameters": sizes, "resumed_at": training.progress.step}), flush=True)
-    training.run()
+    if not options.export_only:
+        training.run()
+    training.export(calibration_questions=options.calibration_questions)
     return 0
 
 
