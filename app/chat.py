@@ -57,7 +57,7 @@ def _is_let_in() -> bool:
         return False
     if st.session_state.get("let_in"):
         return True
-    address = st.context.ip_address or "local"
+    address = session.address()
     st.html(f'<div class="lr-welcome"><h1>{say("title")}</h1></div>')
     with st.form("access", border=False):
         given = st.text_input(say("password"), type="password")

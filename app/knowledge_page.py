@@ -16,6 +16,7 @@ from app.uploads import (
     MAX_FILES,
     MAX_MEGABYTES,
     check_upload,
+    common_suffixes,
     delete_uploads,
     store_upload,
     suffixes,
@@ -130,10 +131,9 @@ def _show_files(records: list[FileRecord]) -> None:
 def _show_add() -> None:
     st.html(f'<h2 class="lr-heading">{say("add_files")}</h2>')
     round_ = st.session_state.setdefault("upload_round", 0)  # a new key empties the widget
-    types = suffixes()
-    shown = " ".join(types)
+    shown = " ".join(common_suffixes())
     given = st.file_uploader(
-        say("add_files_note", types=shown, count=MAX_FILES, size=MAX_MEGABYTES), type=types,
+        say("add_files_note", types=shown, count=MAX_FILES, size=MAX_MEGABYTES), type=suffixes(),
         accept_multiple_files=True, key=f"upload-{round_}",
     )
     if not given or not st.button(say("add"), type="primary", key="add-files"):

@@ -46,6 +46,11 @@ def conversation_store(folder: str) -> ConversationStore:
     return ConversationStore(Path(folder))
 
 
+def address() -> str:
+    """Where this session's browser is; wrong passwords are counted by it."""
+    return st.context.ip_address or "local"
+
+
 def language() -> InterfaceLanguage:
     """The interface language: chosen, or the browser's."""
     if st.session_state.get("language") is None:

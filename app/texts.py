@@ -62,7 +62,6 @@ _TEXTS: dict[str, tuple[str, str]] = {
     ),
     "searched_for": ("Searched for", "实际检索"),
     "change_search": ("Change what is searched for", "修改检索内容"),
-    "search_again": ("Search with this and answer again", "用它重新检索并回答"),
     # sources
     "sources": ("Sources", "出处"),
     "nearest": ("Nearest passages", "最接近的段落"),
@@ -76,7 +75,6 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "This file has been changed or removed since the answer; this is the passage as it was.",
         "这个文件在回答之后被修改或删除，这里显示的是当时的段落。",
     ),
-    "show_page": ("Show {name}", "查看 {name}"),
     "page_picture": ("The page", "原页"),
     "page_missing": (
         "The file itself is no longer where it was read from, or it has changed since.",
@@ -110,7 +108,6 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "edit": ("Edit the question", "修改问题"),
     "send": ("Ask", "提问"),
     "copy": ("Copy", "复制"),
-    "plain_text": ("Text to copy", "复制文本"),
     "new_conversation": ("New conversation", "新对话"),
     "conversations": ("Conversations", "对话记录"),
     "search_conversations": ("Search in conversations", "搜索对话"),
@@ -118,7 +115,6 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "rename": ("Rename", "重命名"),
     "delete": ("Delete", "删除"),
     "export": ("Export as Markdown", "导出为 Markdown"),
-    "was_useful": ("Was this answer useful?", "这个回答有用吗？"),
     # settings
     "settings": ("Settings", "设置"),
     "kb_folder": ("Folder of the knowledge base", "知识库文件夹"),
@@ -168,8 +164,8 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "nothing_found": ("Nothing was found.", "什么也没找到。"),
     "add_files": ("Add files", "添加文件"),
     "add_files_note": (
-        "{types}. At most {count} files at a time, {size} MB each.",
-        "{types}。一次最多 {count} 个文件，每个不超过 {size} MB。",
+        "{types} and more. At most {count} files at a time, {size} MB each.",
+        "{types} 等格式。一次最多 {count} 个文件，每个不超过 {size} MB。",
     ),
     "add": ("Add to the knowledge base", "加入知识库"),
     "resync": ("Read the folders again", "重新读取文件夹"),
@@ -182,7 +178,6 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "Only files that were uploaded here can be removed here. Others are deleted in their folder.",
         "这里只能删除在本页上传的文件，其他文件请在原文件夹中删除。",
     ),
-    "removed": ("Removed: {name}", "已删除：{name}"),
     "too_many": (
         "{count} files were given; at most {limit} are taken at a time. Nothing was stored.",
         "一次给了 {count} 个文件，最多 {limit} 个。没有保存任何文件。",
@@ -199,7 +194,6 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "{added} added, {changed} changed, {moved} moved, {deleted} deleted, {unchanged} unchanged, {failed} failed",
         "新增 {added}，修改 {changed}，移动 {moved}，删除 {deleted}，未变 {unchanged}，失败 {failed}",
     ),
-    "busy_sync": ("The knowledge base is being brought up to date.", "正在更新知识库。"),
     # access
     "password": ("Password", "密码"),
     "enter": ("Enter", "进入"),

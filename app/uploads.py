@@ -16,7 +16,9 @@ from ingest.loaders import LOADERS, find_loader
 MAX_FILES = 50  # at a time
 MAX_MEGABYTES = 50  # each; .streamlit/config.toml stops larger ones before they are sent
 _MAX_NAME_BYTES = 180  # file systems take 255; a number and a temporary name must still fit
-_ZIPPED = frozenset({".docx", ".pptx", ".xlsx", ".epub", ".odt"})
+_ZIPPED = frozenset(
+    {".docx", ".docm", ".pptx", ".pptm", ".xlsx", ".xlsm", ".epub", ".zip", ".odt", ".odp", ".ods"}
+)
 _RESERVED = re.compile(r"^(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$)", re.IGNORECASE)
 
 Reason = Literal["too_large", "empty_file", "wrong_type", "not_what_it_says"]
@@ -37,6 +39,13 @@ def upload_folder(kb: str | Path) -> Path:
 def suffixes() -> list[str]:
     """Endings that can be read, such as ".pdf"."""
     return sorted({suffix for loader in LOADERS for suffix in loader.suffixes})
+
+
+def common_suffixes() -> list[str]:
+    """Those of them that most people have, the usual ones first."""
+    known = set(suffixes())
+    usual = ".pdf .docx .pptx .xlsx .html .md .txt .csv .json .epub .eml .ipynb .zip".split()
+    return [suffix for suffix in usual if suffix in known]
 
 
 def sanitise_name(name: str) -> str:

@@ -1,0 +1,450 @@
+"""The parts of the pages that need no page: markup, access, uploads, conversations, the line."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from app import texts
+from app.access import PasswordGate, is_local
+from app.conversations import Conversation, ConversationStore, Turn, shorten
+from app.jobs import Desk, Job
+from app.markup import (
+    answer_html,
+    escape_label,
+    live_html,
+    question_html,
+    segments,
+    source_id,
+    sources_html,
+)
+from app.page_pictures import _find_ranges, draw_page
+from app.uploads import (
+    check_upload,
+    delete_uploads,
+    sanitise_name,
+    store_upload,
+    suffixes,
+    uploaded_names,
+)
+from rag.answer import Answer, Citation, GenerationStats, Hit
+from rag.document import Chunk
+from rag.errors import GeneratorError
+
+HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)> ![p](http://evil.test/p.png) "\'>'
+KNOWLEDGE = Path(__file__).parent.parent / "knowledge"
+
+
+class Elements(HTMLParser):
+    """Every element with its attributes, and the text between them."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.by_tag: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.by_tag.append((self.tags[-1] if self.tags else "", data))
+        self.text += data
+
+
+def make_answer(
+    text: str = "The fee is 20 euros [1].", *, document: str = "Fees. The fee is 20 euros. It is due in May.",
+    path: str = "fees.md", unsupported: tuple[str, ...] = (), kind: Any = "generated",
+) -> Answer:
+    """An answer that cites "The fee is 20 euros." of the document, [6, 26)."""
+    hit = Hit(chunk=Chunk(path, document, 0, len(document), title="Fees"), score=2.5, page=None)
+    return Answer(
+        question="What is the fee?", text=text, kind=kind, hits=(hit,), unsupported=unsupported,
+        citations=(Citation(1, path, None, 6, 26, document[6:26]),),
+    )
+
+
+# markup
+
+
+def test_nothing_from_a_user_a_model_or_a_document_becomes_markup() -> None:
+    answer = make_answer(
+        f"{HOSTILE} [1]", document=f"Fees.{HOSTILE} and more of it", path=f"{HOSTILE}.md",
+        unsupported=(HOSTILE,),
+    )
+    turn = Turn("q", state="done", answer=answer)
+    pages = [
+        question_html(HOSTILE, "en"),
+        answer_html(turn, "zh"),
+        sources_html(answer, turn.id, {answer.hits[0].chunk.path: answer.hits[0].chunk.text}, "en"),
+        sources_html(answer, turn.id, {}, "en"),
+        live_html(Turn("q", state="writing", text=HOSTILE), "en", num_before=0),
+        answer_html(Turn("q", state="failed", error=HOSTILE), "en"),
+        answer_html(Turn("q", state="stopped", text=HOSTILE), "en"),
+    ]
+    allowed = {"div", "span", "a", "b", "i", "p", "h3", "details", "summary", "mark"}
+    for page in pages:
+        found = Elements(page)
+        assert set(found.tags) <= allowed, set(found.tags) - allowed
+        assert all(not name.startswith("on") for name, _ in found.attributes)
+        assert all(value.startswith("#source-") for name, value in found.attributes if name == "href")
+        assert "<script>alert(1)</script>" in found.text
+
+
+def test_a_label_shows_markdown_signs_as_they_are() -> None:
+    assert escape_label("a*b [c](d)\n_e_") == r"a\*b \[c\]\(d\) \_e\_"
+
+
+def test_a_chip_leads_to_the_exact_characters_that_are_cited() -> None:
+    answer = make_answer()
+    html = answer_html(Turn("q", id="t", state="done", answer=answer), "en")
+    assert f'href="#{source_id("t", 1)}"' in html
+    source = sources_html(answer, "t", {"fees.md": answer.hits[0].chunk.text}, "en")
+    assert f'<mark id="{source_id("t", 1)}">The fee is 20 euros.</mark>' in source
+
+
+def test_a_marker_without_a_citation_leads_nowhere() -> None:
+    html = answer_html(Turn("q", state="done", answer=make_answer("See [7].")), "en")
+    assert "<a " not in html and ">7</span>" in html
+
+
+def test_an_unsupported_sentence_is_marked_and_no_other() -> None:
+    answer = make_answer("The fee is 20 euros [1]. It never changes.", unsupported=("It never changes.",))
+    html = answer_html(Turn("q", state="done", answer=answer), "en")
+    assert re.findall(r'<span class="lr-unsupported">(.*?)</span>', html) == ["It never changes."]
+    assert texts.text("en", "unsupported_note") in html
+
+
+@pytest.mark.parametrize("kind", ["generated", "quoted", "refused"])
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_kind_of_an_answer_is_written_on_it(kind: str, language: Any) -> None:
+    html = answer_html(Turn("q", state="done", answer=make_answer(kind=kind)), language)
+    assert f'data-kind="{kind}"' in html and texts.text(language, kind) in html
+
+
+def test_segments_are_one_slice_of_the_document_with_the_citation_cut_out() -> None:
+    document = "".join(f"Sentence number {n} stands here.\n" for n in range(60))
+    start, end = document.index("Sentence number 20"), document.index("Sentence number 30")
+    cited = document.index("Sentence number 25")
+    shown = segments(document, start, end, [(cited, cited + 31)])
+    joined = "".join(segment.text for segment in shown)
+    assert joined in document and document[start:end] in joined
+    assert [s.text for s in shown if s.kind == "cited"] == ["Sentence number 25 stands here."]
+    assert [s.kind for s in shown] == ["around", "passage", "cited", "passage", "around"]
+    assert shown[0].text.startswith("Sentence")  # cut at a line, not within a word
+
+
+def test_a_source_that_changed_since_says_so_and_shows_the_passage_as_it_was() -> None:
+    answer = make_answer()
+    html = sources_html(answer, "t", {"fees.md": "Something else now."}, "en")
+    assert texts.text("en", "changed_since") in html
+    assert ">The fee is 20 euros.</mark>" in html
+
+
+def test_every_text_is_there_in_both_languages_with_the_same_values() -> None:
+    for key in texts.KEYS:
+        english, chinese = texts._TEXTS[key]
+        assert english and chinese
+        assert set(re.findall(r"{(\w+)}", english)) == set(re.findall(r"{(\w+)}", chinese)), key
+
+
+def test_every_text_is_used() -> None:
+    code = "".join(file.read_text(encoding="utf-8") for file in Path(texts.__file__).parent.glob("*.py"))
+    built = {"generated", "quoted", "refused", "generated_note", "quoted_note", "refused_note", "queued",
+             "loading", "searching", "reading", "writing", "too_large", "empty_file", "wrong_type",
+             "not_what_it_says", "retrieval", "first_token", "writing_time"}
+    unused = [key for key in texts.KEYS if key not in built and code.count(f'"{key}"') < 2]
+    assert unused == []
+
+
+# access
+
+
+def test_the_password_is_wanted_and_attempts_are_limited() -> None:
+    gate = PasswordGate("密码 one")
+    assert gate.check("密码 one", "a", now=0.0)
+    assert not any(gate.check("guess", "a", now=float(n)) for n in range(5))
+    assert gate.seconds_locked("a", now=5.0) == 295.0  # 300 s after the first of the five, at 0
+    assert not gate.check("密码 one", "a", now=5.0)  # locked, even though it is right
+    assert gate.check("密码 one", "b", now=5.0)  # another address is not
+    assert gate.check("密码 one", "a", now=301.0)
+
+
+def test_many_addresses_together_are_limited_too() -> None:
+    gate = PasswordGate("p")
+    for n in range(50):
+        gate.check("guess", f"10.0.0.{n}", now=0.0)
+    assert gate.seconds_locked("10.9.9.9", now=1.0) > 0
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), (None, False),
+     ("", False), ("192.168.1.4", False), ("my-server", False)],
+)
+def test_only_a_loopback_address_counts_as_local(address: str | None, expected: bool) -> None:
+    assert is_local(address) is expected
+
+
+# uploads
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("报告 2024.pdf", "报告 2024.pdf"),
+        ("../../etc/passwd.txt", "passwd.txt"),
+        ("C:\\Users\\x\\a.md", "a.md"),
+        (".htaccess", "htaccess"),
+        ("a\x00b\nc.txt", "abc.txt"),
+        ("x\u202egpj.md", "xgpj.md"),
+        ("con.txt", "file con.txt"),
+        ("a:b?.md", "a_b_.md"),
+        ("~$draft.docx", "draft.docx"),
+        ("/", "file"),
+    ],
+)
+def test_uploaded_names_become_plain_names(given: str, expected: str) -> None:
+    assert sanitise_name(given) == expected
+
+
+def test_a_long_name_keeps_its_ending_and_fits_every_file_system() -> None:
+    name = sanitise_name("长" * 300 + ".pdf")
+    assert name.endswith("长.pdf") and len(name.encode()) <= 180
+
+
+def test_uploads_are_judged_by_their_content() -> None:
+    assert check_upload("a.pdf", b"%PDF-1.7 ...") is None
+    assert check_upload("a.docx", b"PK\x03\x04...") is None
+    assert check_upload("a.txt", "文字".encode()) is None
+    assert check_upload("a.txt", "文字".encode("utf-16")) is None
+    reasons = {
+        name: (check_upload(name, data) or pytest.fail(name)).reason
+        for name, data in {
+            "a.pdf": b"MZ\x90\x00", "b.docx": b"<html>", "c.md": b"\x7fELF\x00\x00", "d.txt": b"",
+            "e.exe": b"MZ",
+        }.items()
+    }
+    assert reasons == {
+        "a.pdf": "not_what_it_says", "b.docx": "not_what_it_says", "c.md": "not_what_it_says",
+        "d.txt": "empty_file", "e.exe": "wrong_type",
+    }
+    assert ".pdf" in suffixes()
+
+
+def test_an_upload_replaces_a_link_and_never_follows_it(tmp_path: Path) -> None:
+    outside = tmp_path / "outside.txt"
+    outside.write_text("mine")
+    folder = tmp_path / "uploads"
+    folder.mkdir()
+    (folder / "a.txt").symlink_to(outside)
+    stored = store_upload(folder, "../a.txt", b"theirs")
+    assert stored == folder / "a.txt" and not stored.is_symlink()
+    assert stored.read_text() == "theirs" and outside.read_text() == "mine"
+    assert uploaded_names(folder) == ["a.txt"]
+
+
+def test_only_files_in_the_upload_folder_can_be_deleted(tmp_path: Path) -> None:
+    (tmp_path / "keep.txt").write_text("x")
+    folder = tmp_path / "uploads"
+    store_upload(folder, "a.txt", b"x")
+    assert delete_uploads(folder, ["../keep.txt", "a.txt", "b.txt"]) == ["a.txt"]
+    assert (tmp_path / "keep.txt").exists() and uploaded_names(folder) == []
+
+
+# conversations
+
+
+def test_a_conversation_comes_back_as_it_was(tmp_path: Path) -> None:
+    store = ConversationStore(tmp_path)
+    conversation = store.start()
+    answer = make_answer()
+    conversation.turns = [
+        Turn("What is the fee?", state="done", answer=answer, text=answer.text, feedback=1),
+        Turn("And in May?", state="failed", error="no model"),
+        Turn("still running", state="writing", text="half"),
+    ]
+    store.keep(conversation)
+    again = ConversationStore(tmp_path).get(conversation.id)
+    assert again is not None and again.title == "What is the fee?"
+    assert [turn.question for turn in again.turns] == ["What is the fee?", "And in May?"]
+    assert again.turns[0].answer == answer and again.turns[0].feedback == 1
+    assert again.turns[1].error == "no model"
+    assert store.get(conversation.id) is conversation  # open ones are shared, not read again
+
+
+def test_conversations_are_found_by_what_was_said_and_can_be_deleted(tmp_path: Path) -> None:
+    store = ConversationStore(tmp_path)
+    for question in ("费用是多少？", "100% of what?", "Who pays?"):
+        conversation = store.start()
+        conversation.turns = [Turn(question, state="done", answer=make_answer())]
+        store.keep(conversation)
+    assert [entry.title for entry in store.entries("费用")] == ["费用是多少？"]
+    assert [entry.title for entry in store.entries("100%")] == ["100% of what?"]
+    assert len(store.entries("20 euros")) == 3
+    store.delete(store.entries("费用")[0].id)
+    assert store.entries("费用") == [] and len(store.entries()) == 2
+
+
+def test_history_ends_before_the_turn_and_leaves_out_what_has_no_answer() -> None:
+    first = Turn("a", state="done", answer=make_answer("A [1]."))
+    failed, now, later = Turn("b", state="failed"), Turn("c"), Turn("d")
+    conversation = Conversation(turns=[first, failed, now, later])
+    assert conversation.history(before=now) == [("a", "A [1].")]
+
+
+def test_the_export_holds_questions_answers_and_sources() -> None:
+    conversation = Conversation(title="Fees *now*", turns=[Turn("What?", state="done", answer=make_answer())])
+    assert conversation.to_markdown() == (
+        "# Fees \\*now\\*\n\n## What?\n\nThe fee is 20 euros [1].\n\n"
+        "- [1] fees.md: “The fee is 20 euros.”\n"
+    )
+
+
+def test_titles_are_short() -> None:
+    assert shorten("a  b\nc") == "a b c"
+    assert len(shorten("字" * 200)) == 60
+
+
+# the line
+
+
+class SlowRag:
+    """Writes word by word, each when it is told to; knows only its own question."""
+
+    def __init__(self, fail: Exception | None = None) -> None:
+        self.settings = SimpleNamespace(top_k=3)
+        self.base = SimpleNamespace(close=lambda: None)
+        self.retriever = SimpleNamespace(search_batch=self._search)
+        self.go = threading.Semaphore(0)
+        self.histories: list[list[tuple[str, str]]] = []
+        self.searched: list[str] = []
+        self.fail = fail
+        self.is_closed = False
+
+    def _search(self, questions: list[str], k: int) -> list[Any]:
+        self.searched += questions
+        return [SimpleNamespace(hits=())]
+
+    def stream(self, question: str, *, history: Any, retrieval: Any) -> Iterator[str | Answer]:
+        self.histories.append(list(history))
+        try:
+            for word in ("echo", " ", question):
+                self.go.acquire()
+                if self.fail:
+                    raise self.fail
+                yield word
+            yield Answer(question, f"echo {question}", "generated", stats=GenerationStats())
+        finally:
+            self.is_closed = True
+
+
+def _submit(desk: Desk, rag: SlowRag, question: str, conversation: Conversation) -> Turn:
+    turn = Turn(question)
+    conversation.turns.append(turn)
+    desk.submit(Job(turn, conversation, lambda: rag, lambda kept: None))  # type: ignore[arg-type,return-value]
+    return turn
+
+
+def _wait(turn: Turn, *states: str) -> None:
+    end = time.monotonic() + 10
+    while turn.state not in states:
+        assert time.monotonic() < end, f"{turn.state} instead of {states}"
+        time.sleep(0.002)
+
+
+def test_questions_are_answered_in_their_order_and_sessions_do_not_mix() -> None:
+    desk, rag = Desk(), SlowRag()
+    mine, theirs = Conversation(), Conversation()
+    first = _submit(desk, rag, "one", mine)
+    _wait(first, "reading")
+    second = _submit(desk, rag, "two", theirs)
+    third = _submit(desk, rag, "three", mine)
+    assert [desk.num_before(turn) for turn in (first, second, third)] == [0, 1, 2]
+    for _ in range(9):
+        rag.go.release()
+    _wait(third, "done")
+    assert [turn.text for turn in (first, second, third)] == ["echo one", "echo two", "echo three"]
+    # The third knew of the first, which had not ended when it was asked; never of the other session.
+    assert rag.histories == [[], [], [("one", "echo one")]]
+
+
+def test_stopping_keeps_what_was_written_and_the_next_question_goes_on() -> None:
+    desk, rag, conversation = Desk(), SlowRag(), Conversation()
+    first = _submit(desk, rag, "one", conversation)
+    second = _submit(desk, rag, "two", conversation)
+    rag.go.release()
+    _wait(first, "writing")
+    first.stop()
+    for _ in range(4):
+        rag.go.release()
+    _wait(second, "done")
+    assert first.state == "stopped" and first.text == "echo" and first.answer is None
+    assert second.text == "echo two" and rag.is_closed
+    assert rag.histories == [[], []]
+
+
+def test_a_question_stopped_in_the_line_is_never_searched() -> None:
+    desk, rag, conversation = Desk(), SlowRag(), Conversation()
+    first = _submit(desk, rag, "one", conversation)
+    second = _submit(desk, rag, "two", conversation)
+    second.stop()
+    for _ in range(3):
+        rag.go.release()
+    _wait(second, "stopped")
+    assert first.state == "done" and rag.searched == ["one"]
+
+
+def test_an_error_is_kept_for_the_page_and_the_line_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    desk, conversation = Desk(), Conversation()
+    rags = [SlowRag(GeneratorError("no such model")), SlowRag(ZeroDivisionError("bug")), SlowRag()]
+    turns = [_submit(desk, rag, str(n), conversation) for n, rag in enumerate(rags)]
+    for rag in rags:
+        for _ in range(3):
+            rag.go.release()
+    _wait(turns[2], "done")
+    assert [turn.state for turn in turns] == ["failed", "failed", "done"]
+    assert turns[0].error == "no such model" and turns[1].unexpected == "ZeroDivisionError"
+    assert "ZeroDivisionError" in caplog.text  # with its traceback, in the terminal
+
+
+def test_a_corrected_search_is_what_is_searched_for() -> None:
+    desk, rag, conversation = Desk(), SlowRag(), Conversation()
+    turn = Turn("And then?", search_text="fees in May")
+    conversation.turns.append(turn)
+    desk.submit(Job(turn, conversation, lambda: rag, lambda kept: None))  # type: ignore[arg-type,return-value]
+    for _ in range(3):
+        rag.go.release()
+    _wait(turn, "done")
+    assert rag.searched == ["fees in May"] and turn.searched == "fees in May"
+
+
+# page pictures
+
+
+def test_a_quote_is_found_where_spaces_and_hyphens_differ() -> None:
+    assert _find_ranges("Thefeeis20euros.", "feeis20") == [(3, 10)]
+    assert _find_ranges("abcdefghij-XX-klmnopqrst", "abcdefghijklmnopqrst") == [(0, 10), (14, 24)]
+    assert _find_ranges("nothing of this", "something else entirely") == []
+
+
+def test_a_passage_is_marked_on_its_page_and_on_no_other() -> None:
+    file = next(KNOWLEDGE.glob("zh/*.pdf"))
+    quote = "自回归的意思是，每个新词元都以前面所有词元为条件。"
+    marked = draw_page(file, 1, (quote,))
+    plain = draw_page(file, 1, ())
+    assert marked.num_found == 1 and plain.num_found == 0
+    assert marked.png[:8] == b"\x89PNG\r\n\x1a\n" and marked.png != plain.png
+    assert draw_page(file, 3, (quote,)).num_found == 0
