@@ -6,6 +6,7 @@ import argparse
 import json
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -13,6 +14,7 @@ from rag.errors import InputError, RagError, SettingsError
 from rag.settings import Settings
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_FAILED_FILES = 0, 1, 2, 3
+_WATCH_SECONDS = 1.0  # between two looks at the folders
 EXIT_INTERRUPTED = 130  # as shells report Ctrl-C
 
 _EPILOG = """\
@@ -65,6 +67,9 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="say what would be done and change nothing")
     add("--reembed", action="store_true",
         help="embed what is stored with the embedder now set; no file that is unchanged is read")
+    add("--prune", action="store_true",
+        help="also delete from the base what came from folders that are gone")
+    add("--watch", action="store_true", help="go on, and ingest again whenever a file changes")
     add("--report", action="store_true", help="show the health of every file in the base, and end")
     add("--include", action="append", default=[], metavar="GLOB",
         help="ingest only files that match (may be given several times; default: all)")
@@ -87,6 +92,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace, settings: Settings) -> int:
     from ingest.parsers import Limits
+    from ingest.scan import take_signature
     from ingest.synchronizer import sync
 
     try:
@@ -94,16 +100,35 @@ def _run(options: argparse.Namespace, settings: Settings) -> int:
     except ValueError as error:
         raise InputError(str(error)) from error
     signal.signal(signal.SIGTERM, _interrupt)
-    with _ProgressBar(is_shown=not options.quiet) as bar:
-        report = sync(
-            options.paths, settings=settings, limits=limits, progress=bar.show,
-            include=options.include, exclude=options.exclude,
-            reembed=options.reembed, dry_run=options.dry_run,
-        )
-    print(report.describe(max_changes=None if options.verbose else 40))
-    if options.json:
-        print(json.dumps(report.to_dict(), ensure_ascii=False))
-    return EXIT_FAILED_FILES if report.failed else EXIT_OK
+    while True:
+        # Taken before, so that what changes during the run is seen.
+        before = take_signature(options.paths) if options.watch else 0
+        with _ProgressBar(is_shown=not options.quiet) as bar:
+            report = sync(
+                options.paths, settings=settings, limits=limits, progress=bar.show,
+                include=options.include, exclude=options.exclude,
+                reembed=options.reembed, prune=options.prune, dry_run=options.dry_run,
+            )
+        print(report.describe(max_changes=None if options.verbose else 40))
+        if options.json:
+            print(json.dumps(report.to_dict(), ensure_ascii=False))
+        if not options.watch:
+            return EXIT_FAILED_FILES if report.failed else EXIT_OK
+        print(f"watching {', '.join(options.paths)}; Ctrl-C ends it.", flush=True)
+        _wait_for_change(options.paths, before)
+
+
+def _wait_for_change(paths: Sequence[str], before: int) -> None:
+    """Return once files below the paths changed and have been still for one look."""
+    from ingest.scan import take_signature
+
+    last = before
+    while True:
+        time.sleep(_WATCH_SECONDS)
+        now = take_signature(paths)
+        if now != before and now == last:
+            return
+        last = now
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

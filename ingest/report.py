@@ -62,6 +62,7 @@ class SyncReport:
     embedded: int  # chunks
     seconds: float
     is_dry_run: bool = False
+    notes: tuple[str, ...] = ()  # on the base as a whole
 
     def count(self, status: Status) -> int:
         return sum(file.status == status for file in self.files)
@@ -83,6 +84,7 @@ class SyncReport:
             "seconds": round(self.seconds, 3),
             "dry_run": self.is_dry_run,
             "kb": self.kb,
+            "notes": list(self.notes),
             "files": [file.to_dict() for file in self.files],
         }
 
@@ -98,6 +100,7 @@ class SyncReport:
         rest = [f for f in self.files if f.status in ("failed", "skipped")]
         rest += [f for f in self.files if f.status == "unchanged" and f.warnings and max_changes is None]
         lines += [file.describe() for file in rest]
+        lines += [f"note: {note}" for note in self.notes]
         said = [f"{count:,} {status}" for status, count in self.counts.items() if count]
         summary = ", ".join(said) or "no files found"
         if self.is_dry_run:

@@ -75,6 +75,39 @@ class RootTable:
             return max(named, key=lambda root: len(root.prefix))
         return next((root for root in self.roots if not root.prefix), None)
 
+    def follow_renamed(self, paths: Sequence[Path], known: Sequence[str]) -> RootTable:
+        """A root whose folder is gone is where most of its files are now, if that is among `paths`.
+
+        So a folder that was renamed or moved keeps its prefix, and its files their vectors.
+        """
+        roots = list(self.roots)
+        for number, root in enumerate(roots):
+            if root.folder.exists():
+                continue
+            inner = [path.removeprefix(root.prefix) for path in known if self.owner(path) == root]
+            for path in paths:
+                folder = Path(os.path.realpath(path))
+                if not folder.is_dir() or any(other.folder == folder for other in roots):
+                    continue
+                if 2 * sum((folder / name).is_file() for name in inner) > len(inner):
+                    roots[number] = Root(folder, root.prefix)
+                    break
+        return RootTable(tuple(roots))
+
+    def vanished(self, known: Iterable[str]) -> dict[Root, list[str]]:
+        """The roots whose folder is not there, each with its paths in the base."""
+        gone: dict[Root, list[str]] = {
+            root: [] for root in self.roots if not root.folder.exists()
+        }
+        for path in known if gone else ():
+            if (owner := self.owner(path)) in gone and owner is not None:
+                gone[owner].append(path)
+        return {root: paths for root, paths in gone.items() if paths}
+
+    def without(self, roots: Iterable[Root]) -> RootTable:
+        dropped = set(roots)
+        return RootTable(tuple(root for root in self.roots if root not in dropped))
+
     def add(
         self, paths: Sequence[Path], taken: Iterable[str], *, kb: Path
     ) -> tuple[RootTable, list[Scope]]:

@@ -228,6 +228,30 @@ def _is_ignored(inner: str, is_folder: bool, rules: Sequence[_Rule]) -> bool:
     return ignored
 
 
+def take_signature(paths: Sequence[str | Path]) -> int:
+    """A number that changes when a file below the paths comes, goes, or is written to."""
+    entries: list[tuple[str, int, int]] = []
+    pending = [str(path) for path in paths]
+    while pending:
+        place = pending.pop()
+        try:
+            if os.path.isdir(place):
+                for entry in os.scandir(place):
+                    if entry.name.startswith(".") and entry.name != IGNORE_FILE:
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+                    elif entry.is_file(follow_symlinks=False):
+                        state = entry.stat(follow_symlinks=False)
+                        entries.append((entry.path, state.st_size, state.st_mtime_ns))
+            else:
+                state = os.stat(place)
+                entries.append((place, state.st_size, state.st_mtime_ns))
+        except OSError:
+            continue  # gone between two looks, which the next one sees
+    return hash(tuple(sorted(entries)))
+
+
 # hashes -----------------------------------------------------------------------------------------
 
 

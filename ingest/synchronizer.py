@@ -33,8 +33,6 @@ _BATCH_CHARACTERS = 4_000_000  # held in memory before they are stored
 _SPECIAL_TOKENS = 4  # a model adds some to every text, within its own maximum
 _BUDGET_KEY = "chunk_budget"
 
-Stage = str  # "reading", "embedding", "storing"
-
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -57,12 +55,12 @@ def sync(
     settings: Settings | None = None, embedder: Embedder | None = None,
     progress: ProgressCallback = _ignore, limits: Limits | None = None,
     include: Sequence[str] = (), exclude: Sequence[str] = (),
-    reembed: bool = False, dry_run: bool = False,
+    reembed: bool = False, prune: bool = False, dry_run: bool = False,
 ) -> SyncReport:
     """Make the base in folder `kb` hold what `paths` hold now, and say what was done.
 
-    Only what lies in `paths` can be deleted from the base. `embedder` is used instead of the one
-    that the settings name. Raises InputError for a path that doesn't exist, KnowledgeBaseError
+    Only what lies in `paths` can be deleted from the base, and with `prune` what came from folders
+    that are gone. `embedder` is used instead of the one that the settings name. Raises InputError for a path that doesn't exist, KnowledgeBaseError
     where another process writes or the base belongs to another embedder.
     """
     if settings is None:
@@ -71,7 +69,7 @@ def sync(
         settings = replace(settings, kb=str(kb))
     run = _Run(
         settings, [Path(path) for path in paths], embedder=embedder, progress=progress,
-        limits=limits or Limits(), include=tuple(include), exclude=tuple(exclude),
+        limits=limits or Limits(), include=tuple(include), exclude=tuple(exclude), prune=prune,
     )
     return run.preview() if dry_run else run.apply(reembed=reembed)
 
@@ -97,6 +95,7 @@ class _Plan:
     deleted: tuple[str, ...]
     unchanged: tuple[str, ...]
     scan: ScanResult
+    vanished: dict[Root, int]  # folders that are gone, and how many files the base has of them
 
 
 class _Run:
@@ -105,7 +104,7 @@ class _Run:
     def __init__(
         self, settings: Settings, paths: list[Path], *, embedder: Embedder | None,
         progress: ProgressCallback, limits: Limits, include: tuple[str, ...],
-        exclude: tuple[str, ...],
+        exclude: tuple[str, ...], prune: bool,
     ) -> None:
         self._settings = settings
         self._paths = paths
@@ -114,8 +113,10 @@ class _Run:
         self._limits = limits
         self._include = include
         self._exclude = exclude
+        self._prune = prune
         self._began = time.perf_counter()
         self._results: dict[str, FileResult] = {}
+        self._notes: list[str] = []
         self._embedded = 0
         for path in paths:
             if not path.exists():
@@ -159,11 +160,15 @@ class _Run:
 
     def _make_plan(self, known: dict[str, FileRecord], roots_text: str | None) -> _Plan:
         kb = Path(self._settings.kb)
-        before = RootTable.from_json(roots_text, kb)
+        before = RootTable.from_json(roots_text, kb).follow_renamed(self._paths, list(known))
         roots, scopes = before.add(self._paths, known, kb=kb)
         found = scan(scopes, kb=kb, include=self._include, exclude=self._exclude)
         hashes = hash_files(list(found.sources.values()))
         gone = _find_gone(known, found, before, roots, scopes)
+        vanished = roots.vanished(known)
+        if self._prune:
+            gone.update(path for paths in vanished.values() for path in paths)
+            roots, vanished = roots.without(vanished), {}
         movable = {
             (known[path].sha256, known[path].pipeline): path
             for path in sorted(gone, reverse=True)
@@ -190,7 +195,8 @@ class _Run:
                     task = replace(task, status="added")
                 tasks.append(task)
         return _Plan(
-            roots, tuple(tasks), tuple(moves), tuple(sorted(gone)), tuple(unchanged), found
+            roots, tuple(tasks), tuple(moves), tuple(sorted(gone)), tuple(unchanged), found,
+            {root: len(paths) for root, paths in vanished.items()},
         )
 
     def _pipeline(self, source: SourceFile) -> str:
@@ -379,6 +385,11 @@ class _Run:
             self._note(
                 FileResult(path, "unchanged", record.pages, record.chunks, record.warnings)
             )
+        for root, num_files in plan.vanished.items():
+            self._notes.append(
+                f"the base still holds {num_files:,} files of {root.folder}, which isn't there any "
+                "more. Run with --prune to delete them from it."
+            )
         for skipped in plan.scan.skipped:
             if skipped.path not in self._results:
                 self._note(FileResult(skipped.path, "skipped", error=skipped.reason))
@@ -393,6 +404,7 @@ class _Run:
             files=tuple(self._results[path] for path in sorted(self._results)),
             kb=self._settings.kb, chunks=chunks, embedded=self._embedded,
             seconds=time.perf_counter() - self._began, is_dry_run=is_dry_run,
+            notes=tuple(self._notes),
         )
 
 

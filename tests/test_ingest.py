@@ -221,6 +221,28 @@ def test_ctrl_c_keeps_what_was_stored(tmp_path: Path) -> None:
     assert ingest(tmp_path, "docs", "--json").report["failed"] == 0
 
 
+def test_watch_ingests_what_changes(tmp_path: Path) -> None:
+    docs = tmp_path / "docs"
+    write(docs / "a.txt", "one")
+    process = subprocess.Popen(
+        command(tmp_path, "docs", "--watch", "--quiet"), cwd=tmp_path, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+    )
+    assert process.stdout is not None and process.stderr is not None
+    try:
+        lines = iter(process.stdout.readline, "")
+        assert next(lines) == "+ a.txt (1 chunk)\n"
+        assert next(lines).startswith("1 added")
+        assert next(lines).startswith("watching docs")
+        write(docs / "b.txt", "two")
+        assert next(lines) == "+ b.txt (1 chunk)\n"
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 130
+        process.stdout.close()
+        process.stderr.close()
+
+
 # paths ------------------------------------------------------------------------------------------
 
 
@@ -273,6 +295,32 @@ def test_base_and_folder_can_be_moved_together(tmp_path: Path) -> None:
     sync_words(old, old / "docs")
     new = old.rename(tmp_path / "new")
     assert statuses(sync_words(new, new / "docs")) == {"a.txt": "unchanged"}
+
+
+def test_a_renamed_folder_keeps_its_paths_and_vectors(tmp_path: Path) -> None:
+    for folder, name in (("first", "x.txt"), ("docs", "a.txt"), ("docs", "b.txt")):
+        write(tmp_path / folder / name, f"text of {name}")
+    sync_words(tmp_path, tmp_path / "first")
+    sync_words(tmp_path, tmp_path / "docs")
+    (tmp_path / "docs").rename(tmp_path / "papers")
+    embedder = WordEmbedder()
+    report = sync_words(tmp_path, tmp_path / "papers", embedder=embedder)
+    assert statuses(report) == {"docs/a.txt": "unchanged", "docs/b.txt": "unchanged"}
+    assert embedder.calls == 0
+
+
+def test_files_of_a_folder_that_is_gone_are_told_and_pruned_on_demand(tmp_path: Path) -> None:
+    write(tmp_path / "old" / "a.txt", "one")
+    write(tmp_path / "new" / "b.txt", "two")
+    sync_words(tmp_path, tmp_path / "old")
+    (tmp_path / "old" / "a.txt").unlink()
+    (tmp_path / "old").rmdir()
+    report = sync_words(tmp_path, tmp_path / "new")
+    assert statuses(report) == {"new/b.txt": "added"}
+    assert "still holds 1 files" in report.notes[0]
+    report = sync_words(tmp_path, tmp_path / "new", prune=True)
+    assert statuses(report) == {"a.txt": "deleted", "new/b.txt": "unchanged"}
+    assert report.notes == ()
 
 
 def test_same_names_in_different_folders_coexist_and_twins_are_named(tmp_path: Path) -> None:
