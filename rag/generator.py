@@ -384,6 +384,7 @@ def load_generator(settings: Settings) -> Generator:
         free_bytes,
         kv_bytes_per_token,
         plan_memory,
+        weight_bytes,
     )
 
     name = settings.generator
@@ -391,15 +392,18 @@ def load_generator(settings: Settings) -> Generator:
     check_folder(folder, name)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
+    int8 = settings.dtype == "int8"
     config = _load_config(folder, name)
     text_config = config.get_text_config(decoder=True)
     limit = getattr(text_config, "max_position_embeddings", None)
     wanted = settings.max_prompt_tokens + settings.max_new_tokens
     needed = min(limit, wanted) if limit else wanted
+    num_weights = count_weights(folder)
     plan = plan_memory(
         name=name,
-        num_weights=count_weights(folder),
-        dtype=dtype,
+        weight_bytes=weight_bytes(num_weights, text_config, dtype, int8=int8),
+        loading_bytes=num_weights * dtype.itemsize,
+        dtype="int8" if int8 else str(dtype).removeprefix("torch."),
         bytes_per_token=kv_bytes_per_token(text_config, dtype),
         needed_tokens=needed,
         device=device,
@@ -416,7 +420,11 @@ def load_generator(settings: Settings) -> Generator:
     stop_ids = _stop_ids(model, tokenizer, is_reader=is_reader)
     context_length = min(limit, plan.kv_tokens) if limit else plan.kv_tokens
     engine = create_engine(
-        model, context_length=context_length, kv_tokens=plan.kv_tokens, release=True
+        model,
+        context_length=context_length,
+        kv_tokens=plan.kv_tokens,
+        release=True,
+        int8=int8,
     )
     return Generator(engine, tokenizer, name=name, is_reader=is_reader, stop_ids=stop_ids)
 

@@ -24,7 +24,7 @@ class Settings:
     embedder: str = "bundled"  # "bundled", a folder, or a Hugging Face name
     generator: str = "bundled"  # "bundled", a folder, or a Hugging Face name
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", "mps"
-    dtype: str = "auto"  # "auto", "float32", "bfloat16", "float16"
+    dtype: str = "auto"  # "auto", "float32", "bfloat16", "float16", "int8"
     top_k: int = 4  # passages given to the generator
     chunk_tokens: int = 320  # largest chunk, in the embedder's tokens
     max_prompt_tokens: int = 6144  # prompt budget, in the generator's tokens
@@ -58,9 +58,9 @@ class Settings:
         self._check_range("sampling_top_k", 0, 1_000_000)
         self._check_range("repetition_penalty", 0.1, 10.0)
         self._check_range("seed", 0, 2**63 - 1)
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16", "int8"):
             raise SettingsError(
-                f"setting dtype is {self.dtype!r}; it is one of auto, float32, bfloat16, float16."
+                f"setting dtype is {self.dtype!r}; it is one of auto, float32, bfloat16, float16, int8."
             )
         head = self.device.split(":")[0]
         if head not in ("auto", "cpu", "cuda", "mps"):

@@ -197,3 +197,41 @@ def test_prepacked_products_equal_plain_ones() -> None:
     assert isinstance(packed, PackedLinear)
     expected = Linear(weight.bfloat16(), bias.bfloat16())(x.bfloat16())
     assert torch.equal(packed(x.bfloat16()), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_in_8_bits_are_off_by_less_than_their_steps(rows: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight, bias, x = (
+        torch.randn(96, 64).to(dtype),
+        torch.randn(96).to(dtype),
+        torch.randn(rows, 64),
+    )
+    x = x.to(dtype)
+    exact = x.double() @ weight.double().T + bias.double()
+    found = make_linear(weight, bias, int8=True)(x)
+    assert found.dtype == dtype
+    # Each weight is off by at most half a step of its row's largest / 127 (1 % for the scale).
+    step = weight.double().abs().amax(1) * 1.011 / 127
+    bound = x.double().abs().sum(1, keepdim=True) * step / 2
+    rounding = 0.0 if dtype == torch.float32 else 0.02 * exact.abs() + 0.05
+    assert ((found.double() - exact).abs() <= bound + rounding + 1e-4).all()
+
+
+def test_bfloat16_greedy_differs_only_where_two_tokens_are_as_good_as_equal() -> None:
+    model = make_random_model("qwen3")
+    rounded = make_random_model("qwen3").bfloat16()
+    ours = DecoderModel(rounded)
+    tokens = random_tokens(40, 5)
+    pool = ours.new_pool(128)
+    length = 0
+    while len(tokens) < 100:
+        chunk = Chunk(tokens[length:], length, [(0, len(tokens))])
+        (logits,) = ours.forward([chunk], pool)
+        length = len(tokens)
+        exact = expected_logits(model, tokens)[-1]
+        theirs = expected_logits(rounded, tokens)[-1].float()
+        bound = 2 * (theirs - exact).abs().max()  # what bfloat16 itself costs in this place
+        assert exact.max() - exact[logits.argmax()] <= bound
+        tokens.append(int(logits.argmax()))

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import rag.generator
 from rag.engine import Event, FinishEvent, Request, TokenEvent
-from rag.engine.placement import plan_memory
+from rag.engine.placement import count_weights, plan_memory, weight_bytes
 from rag.errors import GeneratorError
 from rag.generator import (
     GenerationResult,
@@ -231,14 +232,29 @@ def test_a_model_that_does_not_fit_is_refused_before_loading(
         GeneratorError, match=r"weights 14.90 GiB .*cache 0.88 GiB .* 8.00 GiB free"
     ):
         plan_memory(
-            name="m", num_weights=8_000_000_000, dtype=torch.bfloat16, bytes_per_token=147_456,
-            needed_tokens=6400, device=torch.device("cpu"), free=8 * 2**30,
+            name="m", weight_bytes=16_000_000_000, loading_bytes=0, dtype="bfloat16",
+            bytes_per_token=147_456, needed_tokens=6400, device=torch.device("cpu"), free=8 * 2**30,
         )  # fmt: skip
     monkeypatch.setattr("rag.engine.placement.free_bytes", lambda device: 300 * 2**20)
     monkeypatch.setattr(rag.generator, "_load_model", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(GeneratorError, match="does not fit"):
         long = make_model(folder.parent / "long", "llama", max_position_embeddings=400_000)
         load_generator(settings(long, max_prompt_tokens=390_000))
+
+
+def test_weights_in_8_bits_stay_close_and_take_half_the_memory(folder: Path) -> None:
+    config = AutoConfig.from_pretrained(folder)
+    count = count_weights(folder)
+    embedding = 408 * 64
+    # 8 bits for all weights but the embedding, which is kept in 16 and once more as the output.
+    assert weight_bytes(count, config, torch.bfloat16, int8=True) == count + 2 * embedding
+    eight = load_generator(settings(folder, dtype="int8"))
+    assert eight.dtype == "int8" and "8-bit weights" in eight.describe()
+    result = eight.generate(QUESTION, max_new_tokens=5)
+    assert result.new_tokens == 5 or result.finish_reason == "stop"
+    gpt2 = make_model(folder.parent / "gpt2", "gpt2", n_embd=32, n_layer=2, n_head=2)
+    with pytest.raises(GeneratorError, match="GPT2LMHeadModel is not of the Llama family"):
+        load_generator(settings(gpt2, dtype="int8"))
 
 
 def test_what_cannot_be_loaded_is_named_with_what_to_do(tmp_path: Path) -> None:

@@ -26,17 +26,20 @@ def create_engine(
     context_length: int | None = None,
     kv_tokens: int | None = None,
     release: bool = False,
+    int8: bool = False,
 ) -> Engine:
     """The engine that runs `model` best, with a KV cache of `kv_tokens` tokens on its device.
 
     `context_length` is the most prompt + new tokens of one request (default: the model's own
     limit); `kv_tokens` bounds what is cached over all requests (default: four contexts). With
     `release` the model may give up its weights to the engine and can't be used afterwards.
+    `int8` stores the weights in 8 bits. Raises GeneratorError where the model can't have that.
     """
     # Here, because importing rag must load neither torch nor transformers.
     from rag.engine.model import DecoderModel, why_unsupported
     from rag.engine.scheduler import PooledEngine
     from rag.engine.slots import SlotEngine
+    from rag.errors import GeneratorError
 
     config = model.config.get_text_config(decoder=True)
     if context_length is None:
@@ -45,8 +48,12 @@ def create_engine(
         kv_tokens = 4 * context_length
     reason = why_unsupported(model)
     if reason is None:
-        decoder = DecoderModel(model, release=release)
+        decoder = DecoderModel(model, release=release, int8=int8)
         return PooledEngine(decoder, context_length=context_length, kv_tokens=kv_tokens)
+    if int8:
+        raise GeneratorError(
+            f"8-bit weights need the engine's own forward, and {reason}. Choose another dtype."
+        )
     return SlotEngine(
         model, context_length=context_length, kv_tokens=kv_tokens, reason=f" ({reason})"
     )

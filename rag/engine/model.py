@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from rag.engine.attention import Chunk, attend, plan_attention
 from rag.engine.kvcache import Extent, KVPool
-from rag.engine.linear import Linear, PackedLinear, make_linear
+from rag.engine.linear import Int8Linear, PackedLinear, Product, make_linear
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -51,27 +51,29 @@ class Layer:
     """Weights of one decoder layer."""
 
     input_norm: torch.Tensor
-    qkv: Linear | PackedLinear
+    qkv: Product
     qk_norm: torch.Tensor | None  # (heads + kv heads, head dim), Qwen3
-    output: Linear | PackedLinear
+    output: Product
     post_norm: torch.Tensor
-    gate_up: Linear | PackedLinear
-    down: Linear | PackedLinear
+    gate_up: Product
+    down: Product
     window: int | None
 
 
 class DecoderModel:
     """Weights taken over from a transformers model, in its dtype, on its device."""
 
-    def __init__(self, model: Any, *, release: bool = False) -> None:
+    def __init__(self, model: Any, *, release: bool = False, int8: bool = False) -> None:
         """With `release` the transformers model gives up its weights layer by layer, so that they
-        are never in memory twice; it can't be used afterwards."""
+        are never in memory twice; it can't be used afterwards. `int8` stores all but the
+        embedding in 8 bits."""
         reason = why_unsupported(model)
         assert reason is None, reason
         config, decoder = model.config, model.model
         attention = decoder.layers[0].self_attn
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
+        self.dtype_name = "int8" if int8 else str(self.dtype).removeprefix("torch.")
         self.name = type(model).__name__.removesuffix("ForCausalLM")
         self.num_layers: int = config.num_hidden_layers
         self.num_heads: int = config.num_attention_heads
@@ -88,7 +90,8 @@ class DecoderModel:
         self._embedding: torch.Tensor = decoder.embed_tokens.weight.detach()
         self._norm: torch.Tensor = decoder.norm.weight.detach()
         head_bias = model.lm_head.bias.detach() if model.lm_head.bias is not None else None
-        self._head = make_linear(model.lm_head.weight.detach(), head_bias)
+        self._int8 = int8
+        self._head = make_linear(model.lm_head.weight.detach(), head_bias, int8=int8)
         if release:
             model.lm_head.weight = None
         self._layers: list[Layer] = []
@@ -101,8 +104,8 @@ class DecoderModel:
 
     @property
     def description(self) -> str:
-        packed = isinstance(self._head, PackedLinear)
-        return f"own {self.name} forward" + (", prepacked weights" if packed else "")
+        storage = {PackedLinear: ", prepacked weights", Int8Linear: ", 8-bit weights"}
+        return f"own {self.name} forward" + storage.get(type(self._head), "")
 
     def _take_layer(self, layer: Any, config: Any) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -118,14 +121,25 @@ class DecoderModel:
             window = getattr(attention, "sliding_window", None)
         return Layer(
             input_norm=layer.input_layernorm.weight.detach(),
-            qkv=_merged(attention.q_proj, attention.k_proj, attention.v_proj),
+            qkv=self._merged(attention.q_proj, attention.k_proj, attention.v_proj),
             qk_norm=qk_norm,
-            output=_merged(attention.o_proj),
+            output=self._merged(attention.o_proj),
             post_norm=layer.post_attention_layernorm.weight.detach(),
-            gate_up=_merged(mlp.gate_proj, mlp.up_proj),
-            down=_merged(mlp.down_proj),
+            gate_up=self._merged(mlp.gate_proj, mlp.up_proj),
+            down=self._merged(mlp.down_proj),
             window=window,
         )
+
+    def _merged(self, *linears: torch.nn.Linear) -> Product:
+        """One product in place of several that take the same input."""
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        if all(linear.bias is None for linear in linears):
+            return make_linear(weight, int8=self._int8)
+        biases = [
+            weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+            for linear in linears
+        ]
+        return make_linear(weight, torch.cat(biases), int8=self._int8)
 
     def new_pool(self, capacity: int) -> KVPool:
         """A pool that fits this model."""
@@ -234,18 +248,3 @@ class DecoderModel:
         last = F.rms_norm(last, last.shape[1:], self._norm, self.eps)
         logits: torch.Tensor = self._head(last).float()
         return logits
-
-
-def _merged(*linears: torch.nn.Linear) -> Linear | PackedLinear:
-    """One product in place of several that take the same input."""
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    biases = [linear.bias for linear in linears]
-    if all(bias is None for bias in biases):
-        return make_linear(weight)
-    filled = [
-        linear.weight.new_zeros(linear.out_features)
-        if linear.bias is None
-        else linear.bias.detach()
-        for linear in linears
-    ]
-    return make_linear(weight, torch.cat(filled))

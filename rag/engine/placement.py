@@ -54,11 +54,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype for a setting. "auto": CUDA bfloat16 (float16 before Ampere), MPS float16, CPU
+    """The compute dtype for a setting. "auto" and "int8": CUDA bfloat16 (float16 before Ampere), MPS float16, CPU
     bfloat16 where the processor multiplies it natively, else float32."""
-    if name != "auto":
+    if name not in ("auto", "int8"):
         if name not in DTYPES:
-            raise GeneratorError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}.")
+            raise GeneratorError(f"dtype {name!r} is not one of auto, int8, {', '.join(DTYPES)}.")
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
@@ -164,6 +164,19 @@ def _read_header(path: Path) -> dict[str, Any]:
     return header
 
 
+def weight_bytes(num_weights: int, config: Any, dtype: torch.dtype, *, int8: bool) -> int:
+    """Bytes that the weights take once they are loaded.
+
+    A tied embedding is stored a second time as the output matrix where it is packed or in 8 bits.
+    """
+    embedding = int(config.vocab_size * config.hidden_size)
+    tied = embedding if getattr(config, "tie_word_embeddings", False) else 0
+    if int8:
+        return num_weights - embedding + tied + embedding * dtype.itemsize
+    packed = tied if dtype == torch.bfloat16 else 0
+    return (num_weights + packed) * dtype.itemsize
+
+
 def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
     """Bytes of keys and values of one token over all layers, for a transformers text config.
 
@@ -188,8 +201,9 @@ class MemoryPlan:
 def plan_memory(
     *,
     name: str,
-    num_weights: int,
-    dtype: torch.dtype,
+    weight_bytes: int,
+    loading_bytes: int,
+    dtype: str,
     bytes_per_token: int,
     needed_tokens: int,
     device: torch.device,
@@ -198,17 +212,22 @@ def plan_memory(
     """How many tokens of cache fit beside the weights: at least `needed_tokens`, and up to 32 times
     as many where that takes no more than a quarter of what is left.
 
-    Raises GeneratorError with the numbers where not even the needed ones fit.
+    `loading_bytes` are what loading takes at its height, before the cache is made. Raises
+    GeneratorError with the numbers where not even the needed tokens fit.
     """
-    weight_bytes = num_weights * dtype.itemsize
+    gib = 2**30
+    if loading_bytes > free:
+        raise GeneratorError(
+            f"{name} does not fit on {device}: loading its weights takes {loading_bytes / gib:.2f} "
+            f"GiB, {free / gib:.2f} GiB are free. Choose a smaller model, or free memory."
+        )
     left = free - weight_bytes - WORKSPACE_BYTES
     if left < needed_tokens * bytes_per_token:
-        gib = 2**30
         cache_bytes = needed_tokens * bytes_per_token
         need = weight_bytes + WORKSPACE_BYTES + cache_bytes
         raise GeneratorError(
             f"{name} does not fit on {device}: weights {weight_bytes / gib:.2f} GiB "
-            f"({str(dtype).removeprefix('torch.')}), cache {cache_bytes / gib:.2f} GiB for "
+            f"({dtype}), cache {cache_bytes / gib:.2f} GiB for "
             f"{needed_tokens} tokens, workspace {WORKSPACE_BYTES / gib:.2f} GiB: {need / gib:.2f} GiB "
             f"needed, {free / gib:.2f} GiB free. Choose a smaller model, a smaller dtype, a smaller "
             "max_prompt_tokens, or free memory."

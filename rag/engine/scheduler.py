@@ -60,7 +60,7 @@ class Limits:
     busy_step_tokens: int  # and while somebody is: bounds how long prefill makes them wait
     rows_per_call: int  # rows that one call of `generate` may hold
     rows: int  # rows in all
-    draft_tokens: int  # proposed tokens of a step over all rows; 0 switches drafting off
+    draft_tokens: int  # drafts fill a decoding step up to this many tokens; 0: no drafting
 
 
 CPU_LIMITS = Limits(512, 160, rows_per_call=32, rows=48, draft_tokens=32)
@@ -144,7 +144,7 @@ class PooledEngine:
     ) -> None:
         self._model = model
         self.device = str(model.device)
-        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.dtype = model.dtype_name
         self.context_length = context_length
         self.kv_tokens = max(kv_tokens, context_length)
         self.limits = limits or (CPU_LIMITS if model.device.type == "cpu" else GPU_LIMITS)
@@ -386,14 +386,16 @@ class PooledEngine:
         """(row, tokens to compute) of this step: every decoding row, then prompts."""
         work: list[tuple[Row, int]] = []
         decoding = [row for row in self._running if row.decodes]
-        drafts = self.limits.draft_tokens
-        for row in decoding:
+        # One row more or less costs little only while the weights are what takes the time.
+        drafts = max(0, self.limits.draft_tokens - len(decoding))
+        for index, row in enumerate(decoding):
             if row not in self._running:
                 continue  # set back to make room for one before it
             row.draft = []
             if row.drafter is not None and drafts:
                 # The token after the draft is chosen too: leave it room within the maximum.
-                limit = min(drafts, row.request.max_new_tokens - row.new_tokens - 1)
+                fair = -(-drafts // (len(decoding) - index))
+                limit = min(fair, row.request.max_new_tokens - row.new_tokens - 1)
                 row.draft = row.drafter.propose(row.tokens, limit)
             if not self._ensure_room(row, len(row.tokens) + len(row.draft)):
                 continue

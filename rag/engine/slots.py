@@ -139,6 +139,7 @@ class SlotEngine:
         self._slots_lock = threading.Lock()
         self._forward_lock = threading.Lock()
         self._clock = 0
+        self._live: set[str] = set()
         self._cancelled: set[str] = set()
         parameters = inspect.signature(model.forward).parameters
         self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
@@ -161,7 +162,9 @@ class SlotEngine:
 
     def cancel(self, request_id: str) -> None:
         """End a running request before its next token; its FinishEvent says "cancelled"."""
-        self._cancelled.add(request_id)
+        with self._slots_lock:
+            if request_id in self._live:
+                self._cancelled.add(request_id)
 
     def _run(self, requests: list[Request], samplers: list[Sampler]) -> Iterator[Event]:
         started = time.perf_counter()
@@ -170,6 +173,7 @@ class SlotEngine:
 
     def _run_one(self, request: Request, sampler: Sampler, started: float) -> Iterator[Event]:
         slot = self._acquire(request)
+        self._live.add(request.id)
         reused = len(slot.tokens)
         intact = False
         try:
@@ -195,6 +199,7 @@ class SlotEngine:
                 pending = [token]
             intact = True
         finally:
+            self._live.discard(request.id)
             self._cancelled.discard(request.id)
             self._release(slot, intact=intact)
         seconds = time.perf_counter() - started
