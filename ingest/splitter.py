@@ -314,7 +314,8 @@ def _cut_sentences(
     def length(piece: str) -> int:
         if piece not in counts:
             counts[piece] = count_tokens([piece])[0]
-        return counts[piece]
+        # A piece of length 0 (white space) would be taken over into the next chunk as an overlap.
+        return max(1, counts[piece])
 
     pieces_needed = -(-unit.tokens // budget)
     # A little above the equal share: sentences seldom end just where it does.

@@ -264,15 +264,20 @@ class _Run:
             path=task.source.path, sha256=task.sha256, size=task.source.size, status="ok",
             seconds=round(parsed.seconds, 4), pipeline=task.pipeline,
         )
-        document = parsed.document
-        if document is None:
-            base.put_failure(replace(record, status="failed", error=parsed.error))
-            self._note(FileResult(task.source.path, "failed", error=parsed.error))
-            return None
+        document, error = parsed.document, parsed.error
+        chunks: list[Chunk] = []
         began = time.perf_counter()
-        chunks = split_document(
-            document, self._embedder.count_tokens, chunk_tokens=self._chunk_budget
-        )
+        if document is not None:
+            try:
+                chunks = split_document(
+                    document, self._embedder.count_tokens, chunk_tokens=self._chunk_budget
+                )
+            except Exception as bug:  # must not stop the files behind this one
+                error = f"splitting it failed ({type(bug).__name__}: {bug}); please report this"
+        if document is None or error is not None:
+            base.put_failure(replace(record, status="failed", error=error))
+            self._note(FileResult(task.source.path, "failed", error=error))
+            return None
         warnings = (*document.warnings, *self._check_lengths(chunks))
         record = replace(
             record, pages=len(document.pages), warnings=warnings,

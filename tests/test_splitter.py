@@ -188,6 +188,13 @@ def test_pages_of_a_chunk_are_those_of_its_first_and_last_character() -> None:
     assert (chunk.page, chunk.last_page) == (1, 2)
 
 
+def test_white_space_between_sentences_is_in_one_piece_only() -> None:
+    # Pieces without any token once were repeated at the start of the next chunk.
+    text = ("A sentence of some words. \n \u3000 \n" * 3 + "x" * 200 + " , \n , ") * 6
+    document = Document("f.txt", text, "txt")
+    assert_sound(document, split_document(document, count_words, chunk_tokens=12))
+
+
 def test_an_article_keeps_its_number_in_every_piece() -> None:
     article = "第七条 " + "当事人应当遵循诚信原则，秉持诚实，恪守承诺。" * 6
     text = f"第六条 短的条文。\n\n{article}\n\n第八条 又一条短的条文。"

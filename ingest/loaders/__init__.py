@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import lzma
 import re
+import struct
+import zipfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
+from ingest.builder import clean_line
 from ingest.loaders.archives import EmailLoader, EpubLoader, ZipLoader
 from ingest.loaders.code import CodeLoader
 from ingest.loaders.docx import DocxLoader
@@ -26,6 +31,11 @@ LOADERS: tuple[Loader, ...] = (
     CodeLoader(), ZipLoader(),
 )
 _BY_SUFFIX = {suffix: loader for loader in LOADERS for suffix in loader.suffixes}
+# What the parsers' libraries raise for torn and altered files. XML errors are SyntaxErrors.
+_DAMAGE = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, SyntaxError,
+    struct.error, UnicodeError,
+)
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _TEXT_NAMES = frozenset("readme license licence notice authors changelog changes copying todo".split())
 _HINTS = {
@@ -70,6 +80,8 @@ def load_document(file: Path, path: str) -> Document:
         document = loader.load(file, path)
     except OSError as error:
         raise LoadError(f"can't be opened: {error.strerror or error}") from error
+    except _DAMAGE as error:
+        raise LoadError(f"the file is damaged: {clean_line(str(error))}") from error
     except RecursionError as error:
         raise LoadError("its parts are nested too deeply to be read") from error
     return _finish(document)
