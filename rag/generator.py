@@ -34,6 +34,7 @@ _TURN_ENDS = (
     "<|endoftext|>", "<|turn_end|>", "<turn|>",
 )  # fmt: skip
 _READER_END = "<|end|>"
+_BLOCK_TOKENS = ("<|blocks|>", "<|passage|>", "<|question|>")
 _PLAIN_STOPS = ("\nQuestion:", "\n问题：")
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "merges.txt"]
@@ -138,6 +139,11 @@ class PromptFormat:
         self._tokenizer = tokenizer
         template = tokenizer.chat_template
         self.layout: Layout = "reader" if is_reader else "chat" if template else "plain"
+        self._block_ids: tuple[int, int, int] | None = None
+        known = tokenizer.get_added_vocab()
+        if is_reader and all(token in known for token in _BLOCK_TOKENS):
+            blocks, passage, question = (known[token] for token in _BLOCK_TOKENS)
+            self._block_ids = (blocks, passage, question)
         # Only passed where the template knows it: a variable it does not read changes nothing,
         # but some templates fail on what they do not expect.
         source = template if isinstance(template, str) else json.dumps(template)
@@ -156,6 +162,16 @@ class PromptFormat:
             return self._ids(plain_text(prompt.messages), add_special_tokens=True)
         messages = merge_system(prompt.messages) if self.merges_system else prompt.messages
         return self._ids(self._render(messages), add_special_tokens=False)
+
+    def blocks(self, ids: Sequence[int]) -> tuple[tuple[int, ...], int]:
+        """Where passages and question begin in the reader's second layout; ((), 0) in any other."""
+        if self._block_ids is None or not ids or ids[0] != self._block_ids[0]:
+            return (), 0
+        _, passage, question = self._block_ids
+        starts = tuple(index for index, token in enumerate(ids) if token == passage)
+        if not starts or question not in ids:
+            raise GeneratorError("a prompt of separate passages needs passages and a question.")
+        return starts, list(ids).index(question)
 
     def _render(self, messages: Sequence[Message]) -> str:
         conversation = [{"role": message.role, "content": message.content} for message in messages]
@@ -337,9 +353,13 @@ class Generator:
     def _request(self, prompt: Prompt, max_new_tokens: int, sampling: Sampling | None) -> Request:
         with self._numbers_lock:
             number = next(self._numbers)
+        ids = self.encode(prompt)
+        block_starts, question_start = self._format.blocks(ids)
         return Request(
             id=f"{number}",
-            prompt_ids=self.encode(prompt),
+            prompt_ids=ids,
+            block_starts=block_starts,
+            question_start=question_start,
             max_new_tokens=max_new_tokens,
             sampling=sampling if sampling is not None else Sampling(),
             stop_ids=self.stop_ids,

@@ -26,13 +26,15 @@ class Chunk:
 
     `extents` are the slots of every token from position 0 to the end of the chunk; the keys and
     values of all before `position` are there already. Logits are wanted behind the last
-    `num_logits` tokens.
+    `num_logits` tokens. `turn` is added to a token's position for RoPE, where passages were laid
+    beside one another instead of behind.
     """
 
     tokens: Sequence[int]
     position: int
     extents: Sequence[Extent]
     num_logits: int = 1
+    turn: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,13 +26,22 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt to continue. Raises nothing itself; the engine checks it against its limits."""
+    """One prompt to continue. Raises nothing itself; the engine checks it against its limits.
+
+    With `block_starts` the prompt is block-diagonal, for a model that was trained on it: passages
+    begin there, each sees what stands before the first of them and itself, and takes its positions
+    from the end of that opening on. What begins at `question_start` sees everything, at positions
+    behind the longest passage. A passage's keys are then the same in every prompt that holds it
+    behind the same opening, in whatever order, and are computed once.
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: tuple[int, ...] = ()  # the stop token ends the output and is not part of it
+    block_starts: tuple[int, ...] = ()
+    question_start: int = 0
 
 
 @dataclass(frozen=True, slots=True)

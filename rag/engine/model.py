@@ -103,6 +103,11 @@ class DecoderModel:
                         module._parameters[name] = None
 
     @property
+    def has_windows(self) -> bool:
+        """Whether some layer looks back over a part of the context only."""
+        return any(layer.window is not None for layer in self._layers)
+
+    @property
     def description(self) -> str:
         storage = {PackedLinear: ", prepacked weights", Int8Linear: ", 8-bit weights"}
         return f"own {self.name} forward" + storage.get(type(self._head), "")
@@ -167,7 +172,9 @@ class DecoderModel:
         )
         ordered = [chunks[index] for index in plan.order]
         tokens = [token for chunk in ordered for token in chunk.tokens]
-        positions = [chunk.position + n for chunk in ordered for n in range(len(chunk.tokens))]
+        positions = [
+            chunk.position + chunk.turn + n for chunk in ordered for n in range(len(chunk.tokens))
+        ]
         slots = self._slots(ordered)
         cos, sin = self._rotation(positions)
         x = self._embedding[torch.tensor(tokens, device=self.device)]  # (T, hidden)

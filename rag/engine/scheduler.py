@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from rag.engine.attention import Chunk
@@ -76,22 +77,53 @@ class Call:
         self.running = 0
 
 
+class Passages:
+    """How far a block-diagonal prompt is: its passages are computed, or found, one by one as runs
+    of their own behind the opening; the question then reads them side by side."""
+
+    def __init__(self, request: Request) -> None:
+        starts = (*request.block_starts, request.question_start)
+        self.borders = list(pairwise(starts))
+        self.opening = starts[0]
+        self.question_start = request.question_start
+        longest = max(end - start for start, end in self.borders)
+        self.turn = self.opening + longest - self.question_start
+        self.done = 0
+        self.held: list[Node] = []
+        self.extents: list[Extent] = []  # of the opening and the passages done
+
+    def take(self, node: Node, extents: Sequence[Extent]) -> None:
+        """Keep a passage that is cached whole, `extents` with the opening."""
+        self.extents += extents if not self.done else cut_extents(extents, self.opening)[1]
+        self.held.append(node)
+        self.done += 1
+
+    def run(self, tokens: list[int]) -> list[int]:
+        """The opening and the passage in hand, out of the whole prompt."""
+        start, end = self.borders[self.done]
+        return tokens[: self.opening] + tokens[start:end]
+
+
 @dataclass(slots=True)
 class Row:
-    """A request on its way. `tokens` are prompt and output; the first `computed` have their keys
-    and values in the slots `shared` (the tree's) and `own`, in that order."""
+    """A request on its way. `text` is prompt and output, `tokens` the run in work: the same, but
+    for a passage of a block-diagonal prompt. The first `computed` of `tokens` have their keys and
+    values in the slots `shared` (the tree's) and `own`, in that order."""
 
     request: Request
     call: Call
     sampler: Sampler
+    text: list[int]
     tokens: list[int]
     number: int
+    passages: Passages | None = None
     computed: int = 0
     node: Node | None = None
     shared: list[Extent] = field(default_factory=list)
     num_shared: int = 0
     own: list[Extent] = field(default_factory=list)
     reused: int | None = None
+    counted: int = 0  # passages whose cached tokens are in `reused`
     first_token_at: float | None = None
     drafter: Drafter | None = None
     draft: list[int] = field(default_factory=list)
@@ -103,12 +135,17 @@ class Row:
 
     @property
     def new_tokens(self) -> int:
-        return len(self.tokens) - self.prompt_length
+        return len(self.text) - self.prompt_length
 
     @property
     def decodes(self) -> bool:
         """Whether only its last token is left to compute."""
-        return self.computed == len(self.tokens) - 1 and self.new_tokens > 0
+        return self.whole and self.computed == len(self.tokens) - 1 and self.new_tokens > 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether the run in work is the prompt itself, not one of its passages."""
+        return self.tokens is self.text
 
     @property
     def room(self) -> int:
@@ -183,7 +220,16 @@ class PooledEngine:
                 )
             sampler = Sampler(request.sampling, request.prompt_ids)
             drafter = Drafter() if self.limits.draft_tokens else None
-            rows.append(Row(request, call, sampler, list(request.prompt_ids), 0, drafter=drafter))
+            text = list(request.prompt_ids)
+            row = Row(request, call, sampler, text, text, 0, drafter=drafter)
+            if request.block_starts:
+                if self._model.has_windows:
+                    raise GeneratorError(
+                        "block-diagonal prompts are not defined for a model with sliding windows. "
+                        "Use the plain layout."
+                    )
+                row.passages = Passages(request)
+            rows.append(row)
         return self._events(call, rows)
 
     def cancel(self, request_id: str) -> None:
@@ -359,6 +405,12 @@ class PooledEngine:
 
     def _start(self, row: Row) -> bool:
         """Find the row's cached beginning and slots for the rest. False: no slots now."""
+        if row.passages is not None:
+            if self._next_run(row):
+                return True
+            self._free(row, keep=True)
+            assert self._running, "an empty pool is too small for one request"
+            return False
         # At least one token is always computed: its logits choose the next.
         node, shared = self._cache.match(row.tokens[:-1])
         row.num_shared = extents_length(shared)
@@ -380,11 +432,50 @@ class PooledEngine:
             row.reused = row.num_shared
         return True
 
+    def _next_run(self, row: Row) -> bool:
+        """Go on with the next passage that is not cached, or else with the question.
+
+        False: no slots now; what is done stays done.
+        """
+        passages = row.passages
+        assert passages is not None and row.node is None
+        while passages.done < len(passages.borders):
+            run = passages.run(row.text)
+            node, shared = self._cache.match(run)
+            found = extents_length(shared)
+            own: list[Extent] | None = []
+            if found < len(run):
+                after = shared[-1][1] if shared else None
+                own = self._cache.allocate(len(run) - found, after=after)
+            if own is None:
+                self._cache.release(node)
+                return False
+            if row.new_tokens == 0 and passages.done >= row.counted:
+                row.counted = passages.done + 1
+                row.reused = (row.reused or 0) + found - (passages.opening if passages.done else 0)
+            if found == len(run):
+                passages.take(node, shared)
+                continue
+            row.tokens, row.node, row.shared, row.own = run, node, shared, own
+            row.num_shared = row.computed = found
+            return True
+        remaining = len(row.text) - passages.question_start
+        own = self._cache.allocate(remaining, after=None)
+        if own is None:
+            return False
+        row.tokens, row.own = row.text, own
+        row.shared = join_extents(passages.extents)
+        row.num_shared = row.computed = passages.question_start
+        return True
+
     # work
 
     def _choose_work(self) -> list[tuple[Row, int]]:
         """(row, tokens to compute) of this step: every decoding row, then prompts."""
         work: list[tuple[Row, int]] = []
+        for row in list(self._running):
+            if row in self._running and not row.whole and row.computed == len(row.tokens):
+                self._end_passage(row)
         decoding = [row for row in self._running if row.decodes]
         # One row more or less costs little only while the weights are what takes the time.
         drafts = max(0, self.limits.draft_tokens - len(decoding))
@@ -416,6 +507,17 @@ class PooledEngine:
             work.append((row, length))
             budget -= length
         return work
+
+    def _end_passage(self, row: Row) -> None:
+        """Lay a computed passage beside those before it, and go on."""
+        assert row.passages is not None and row.node is not None
+        row.passages.take(row.node, row.shared)
+        row.node, row.shared, row.num_shared = None, [], 0
+        while not self._next_run(row):
+            youngest = max(self._running, key=lambda other: other.number)
+            self._set_back(youngest)
+            if youngest is row:
+                return
 
     def _ensure_room(self, row: Row, length: int) -> bool:
         """Slots for the row's first `length` tokens, setting younger rows back if need be.
@@ -451,9 +553,10 @@ class PooledEngine:
         end = row.computed + length
         tokens = [*row.tokens, *row.draft][row.computed : end]
         extents, _ = cut_extents([*row.shared, *row.own], end)
-        complete = end >= len(row.tokens)
+        complete = end >= len(row.tokens) and row.whole
         num_logits = 0 if not complete else 1 + len(row.draft)
-        return Chunk(tokens, row.computed, join_extents(extents), num_logits)
+        turn = row.passages.turn if row.passages is not None and row.whole else 0
+        return Chunk(tokens, row.computed, join_extents(extents), num_logits, turn)
 
     # results
 
@@ -462,7 +565,9 @@ class PooledEngine:
         new ones, tell the caller."""
         before = row.computed
         row.computed += len(chunk.tokens) - len(row.draft)
-        if before < row.prompt_length:
+        if not row.whole:
+            self._share(row, row.computed)
+        elif before < row.prompt_length and row.passages is None:
             self._share(row, min(row.computed, row.prompt_length))
         if not chunk.num_logits:
             return
@@ -475,7 +580,7 @@ class PooledEngine:
             if token in row.request.stop_ids:
                 self._finish(row, "stop")
                 break
-            row.tokens.append(token)
+            row.text.append(token)
             self._new += 1
             row.call.events.put(TokenEvent(row.request.id, token, logprob))
             if row.new_tokens >= row.request.max_new_tokens:
@@ -501,13 +606,18 @@ class PooledEngine:
 
     def _free(self, row: Row, *, keep: bool) -> None:
         """Give up the row's slots; with `keep`, what is computed stays cached in the tree."""
-        if row.node is None:
-            return
-        if keep and row.computed > row.num_shared:
+        # What was computed beside passages is right there only: it never enters the tree.
+        if keep and row.node is not None and row.computed > row.num_shared:
             self._share(row, row.computed)
         self._cache.give_back(row.own)
-        self._cache.release(row.node)
+        held = [] if row.node is None else [row.node]
+        if row.passages is not None:
+            held += row.passages.held
+            row.passages = Passages(row.request)
+        for node in held:
+            self._cache.release(node)
         row.node, row.own, row.shared, row.num_shared, row.computed = None, [], [], 0, 0
+        row.tokens = row.text
 
     def _end(self, row: Row) -> None:
         self._free(row, keep=True)

@@ -10,6 +10,7 @@ import inspect
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -157,6 +158,11 @@ class SlotEngine:
         samplers = []
         for request in requests:
             check_request(request, self.context_length)
+            if request.block_starts:
+                raise GeneratorError(
+                    "block-diagonal prompts need the engine's own forward, and this model runs on "
+                    f"{self.description}. Use the plain layout."
+                )
             samplers.append(Sampler(request.sampling, request.prompt_ids))
         return self._run(list(requests), samplers)
 
@@ -326,4 +332,14 @@ def check_request(request: Request, context_length: int) -> None:
         raise GeneratorError(
             f"{prompt} prompt tokens + {new} new tokens = {prompt + new} exceed the context of "
             f"{context_length}. Shorten the prompt or lower max_new_tokens."
+        )
+    starts, asked = request.block_starts, request.question_start
+    if starts and not (
+        all(low < high for low, high in pairwise((*starts, asked)))
+        and 0 < starts[0]
+        and asked < prompt
+    ):
+        raise GeneratorError(
+            f"block starts {starts} with the question at {asked} do not divide a prompt of {prompt} "
+            "tokens into an opening, passages and a question."
         )
