@@ -46,7 +46,8 @@ def answer_html(turn: Turn, language: InterfaceLanguage) -> str:
     answer = turn.answer
     if turn.state == "failed":
         message = turn.error or text(language, "unexpected", name=turn.unexpected)
-        return _notice("failed", text(language, "failed"), escape(message))
+        notice = _notice("failed", text(language, "failed"), escape(message))
+        return f'<div class="lr-answer" data-kind="failed">{notice}</div>'
     if answer is None:
         body = f'<div class="lr-text">{_with_markers(turn.text, {}, "")}</div>' if turn.text else ""
         if turn.state == "stopped":

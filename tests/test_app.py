@@ -242,7 +242,7 @@ def test_a_page_that_others_can_reach_stays_shut_without_a_password(
 
 def test_the_knowledge_base_page_lists_files_and_searches(kb: Path, store: ScriptedStore) -> None:
     page = AppTest.from_function(_knowledge_page, default_timeout=20).run()
-    assert {row for row in page.dataframe[0].value["File"]} == {"fees.md", "notes.md"}
+    assert set(page.dataframe[0].value["File"]) == {"fees.md", "notes.md"}
     page.text_input(key="raw-search").set_value("membership fee").run()
     assert "The membership fee is 20 euros" in html(page)
     assert store.num_loads == 0  # a search needs no language model
