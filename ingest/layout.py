@@ -33,6 +33,8 @@ _PAGE_NUMBER = re.compile(
     r"(?:\s*(?:/|of|共|，|,)\s*(?:共\s*)?\d{1,5}\s*(?:页|頁)?)?[-–—·~\s]*",
     re.IGNORECASE,
 )
+_LEADERS = re.compile(r"\s*(?:[.·…] ?){4,}\s*")  # "4.1 Functions . . . . . 8"
+_CONTENTS_LINE = re.compile(r"(?:[.·…] ?){4,}\s*[\divxlc]{1,5}$")
 _DIGITS = re.compile(r"\d+")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _NUMBERED_TITLE = re.compile(r"(\d{1,2}(?:\.\d{1,2}){0,4})\.?\s+[^\W\d_]")
@@ -159,23 +161,36 @@ def _drop_running_lines(pages: Sequence[PageText]) -> None:
     if len(pages) < 2:
         return
     seen: dict[tuple[str, int], set[int]] = defaultdict(set)
-    numbered: set[int] = set()
+    offsets: dict[int, set[int]] = defaultdict(set)  # printed number less page -> pages
     for page in pages:
         for line in _edge_lines(page, _MARGIN):
             seen[_running_key(line)].add(page.number)
-        if any(_PAGE_NUMBER.fullmatch(line.text) for line in _edge_lines(page, _NUMBER_MARGIN)):
-            numbered.add(page.number)
+        for line in _edge_lines(page, _NUMBER_MARGIN):
+            for number in _printed_numbers(line):
+                offsets[number - page.number].add(page.number)
     needed = max(2 if len(pages) < 6 else 3, int(_RUNNING_SHARE * len(pages)))
     running = {key for key, numbers in seen.items() if len(numbers) >= needed}
-    has_numbers = len(numbered) >= max(2, len(pages) // 3)
+    offset, counted = max(offsets.items(), key=lambda item: len(item[1]), default=(0, set()))
+    is_counted = len(counted) >= max(2, len(pages) // 4)
+
+    def is_running(page: PageText, line: Line) -> bool:
+        if _running_key(line) in running:
+            return True
+        if not is_counted or page.number + offset not in _printed_numbers(line):
+            return False
+        # It carries the page's number: a chapter's head comes back on few pages, but it comes back.
+        return bool(_PAGE_NUMBER.fullmatch(line.text)) or len(seen[_running_key(line)]) >= 2
+
     for page in pages:
-        dropped = {
-            id(line) for line in _edge_lines(page, _MARGIN) if _running_key(line) in running
-        }
-        if has_numbers:
-            edge = _edge_lines(page, _NUMBER_MARGIN)
-            dropped |= {id(line) for line in edge if _PAGE_NUMBER.fullmatch(line.text)}
+        edge = _edge_lines(page, _NUMBER_MARGIN)
+        dropped = {id(line) for line in edge if is_running(page, line)}
         page.lines = [line for line in page.lines if id(line) not in dropped]
+
+
+def _printed_numbers(line: Line) -> set[int]:
+    """The numbers a line begins and ends with, where a page's number is printed."""
+    found = re.findall(r"^\W*(\d{1,5})\b|\b(\d{1,5})\W*$|第\s*(\d{1,5})\s*[页頁]", line.text)
+    return {int(number) for groups in found for number in groups if number}
 
 
 def _edge_lines(page: PageText, margin: float) -> list[Line]:
@@ -242,25 +257,28 @@ class _Edges:
             if abs(other.x0 - line.x0) <= 3 * size and 0.85 < other.height / size < 1.18
         ]
         # A few lines are wider than the column: a title over two of them. The right edge is where
-        # many lines end; where no edge is common (text that isn't justified), the widest one is it.
-        ends = Counter(round(other.x1 / (0.5 * size)) for other in column)
+        # many lines end; where no end is common (text that isn't justified), it is the widest of
+        # lines that are not alone.
         left = min(other.x0 for other in column)
-        right = max(other.x1 for other in column)
-        if ends:
-            end, count = max(ends.items(), key=lambda item: (item[1], item[0]))
-            if count >= 3 and count >= 0.25 * len(column):
-                right = (end + 0.5) * 0.5 * size
-        return left, right
+        ends = sorted((other.x1 for other in column), reverse=True)
+        buckets = Counter(round(end / (0.5 * size)) for end in ends)
+        common, count = max(buckets.items(), key=lambda item: (item[1], item[0]))
+        if count >= 3 and count >= 0.25 * len(column):
+            return left, (common + 0.5) * 0.5 * size
+        for end in ends:  # a line or two that run over the edge (long addresses, code) are no edge
+            if sum(end - 2.5 * size <= other <= end for other in ends) >= min(3, len(ends)):
+                return left, end
+        return left, ends[0]
 
 
 def _continues(last: Line, line: Line, edges: _Edges, num_lines: int) -> bool:
     """Whether `line` goes on with the paragraph that `last` is the latest line of."""
     if last.is_hyphenated:
         return True
-    if not 0.87 < line.height / last.height < 1.15 or last.is_bold != line.is_bold:
-        # Digits and Latin letters at a line's start are often of another font.
-        if not _nearly_same(last, line) or last.is_bold != line.is_bold:
-            return False
+    if last.is_bold != line.is_bold or not _is_same_size(last, line):
+        return False
+    if _CONTENTS_LINE.search(last.text):
+        return False
     pitch = last.y0 - line.y0
     if pitch <= 0:  # further up: the next column, or a page laid out in an unusual order
         return _is_unfinished(last, line, edges) and not _BULLET.match(line.text)
@@ -291,9 +309,11 @@ def _is_same_title(last: Line, line: Line, body_size: float) -> bool:
     )
 
 
-def _nearly_same(last: Line, line: Line) -> bool:
-    return 0.7 < line.height / last.height < 1.43 and (
-        line.text[:1].isascii() != last.text[:1].isascii()
+def _is_same_size(last: Line, line: Line) -> bool:
+    """Fonts of one size differ in height, those of another script most of all."""
+    ratio = line.height / last.height
+    return 0.8 < ratio < 1.25 or (
+        0.7 < ratio < 1.43 and line.text[:1].isascii() != last.text[:1].isascii()
     )
 
 
@@ -362,6 +382,8 @@ def _join_lines(paragraph: _Paragraph, vocabulary: set[str]) -> tuple[str, list[
             page_offsets.append((page, len(text) - len(line.text)))
             number = page
         is_hyphenated = line.is_hyphenated
+    if len(page_offsets) == 0:
+        text = _LEADERS.sub(" ... ", text) if _CONTENTS_LINE.search(text) else text
     return text + ("-" if is_hyphenated else ""), page_offsets
 
 

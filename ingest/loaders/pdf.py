@@ -176,15 +176,23 @@ def _read_lines(textpage: Any) -> Iterator[Line]:
             continue
         first = start + len(part) - len(part.lstrip())
         last = first + len(stripped) - 1
-        first, last = (indices[first], indices[last]) if indices else (first, last)
-        raw.FPDFText_GetLooseCharBox(textpage, first, box)
-        x0, y1, y0 = box.left, box.top, box.bottom
-        raw.FPDFText_GetCharBox(textpage, last, left, right, bottom, top)
-        x1 = right.value
-        weight = raw.FPDFText_GetFontWeight(textpage, first)
+        # A line may begin or end in another font: its own size is that of most of three places.
+        middle = (first + last) // 2
+        while middle > first and text[middle] == " ":
+            middle -= 1
+        edges: list[tuple[float, float, float]] = []  # (height, foot, left) of three characters
+        num_bold = 0
+        for place in (first, middle, last):
+            index = indices[place] if indices else place
+            raw.FPDFText_GetLooseCharBox(textpage, index, box)
+            edges.append((box.top - box.bottom, box.bottom, box.left))
+            num_bold += raw.FPDFText_GetFontWeight(textpage, index) >= 600
+        x0 = edges[0][2]
+        height, y0, _ = sorted(edges)[1]
+        raw.FPDFText_GetCharBox(textpage, indices[last] if indices else last, left, right, bottom, top)
         yield Line(
-            stripped, x0, max(x0, x1), y0, y1,
-            is_bold=weight >= 600, is_hyphenated=match[2] == _HYPHEN,
+            stripped, x0, max(x0, right.value), y0, y0 + height,
+            is_bold=num_bold == 3, is_hyphenated=match[2] == _HYPHEN,
         )
 
 
