@@ -19,7 +19,6 @@ from app.uploads import (
     common_suffixes,
     delete_uploads,
     store_upload,
-    suffixes,
     upload_folder,
     uploaded_names,
 )
@@ -132,8 +131,10 @@ def _show_add() -> None:
     st.html(f'<h2 class="lr-heading">{say("add_files")}</h2>')
     round_ = st.session_state.setdefault("upload_round", 0)  # a new key empties the widget
     shown = " ".join(common_suffixes())
+    # Streamlit's own words on the button are English in every language.
+    st.html(f'<style>.stApp {{ --lr-choose-files: "{say("choose_files")}"; }}</style>')
     given = st.file_uploader(
-        say("add_files_note", types=shown, count=MAX_FILES, size=MAX_MEGABYTES), type=suffixes(),
+        say("add_files_note", types=shown, count=MAX_FILES, size=MAX_MEGABYTES),
         accept_multiple_files=True, key=f"upload-{round_}",
     )
     if not given or not st.button(say("add"), type="primary", key="add-files"):
@@ -170,7 +171,9 @@ def _show_sync(base: KnowledgeBase) -> None:
     names = uploaded_names(upload_folder(settings.kb))
     if names:
         st.html(f'<h2 class="lr-heading">{say("remove")}</h2>')
-        chosen = st.multiselect(say("remove_note"), names, key="remove-names")
+        chosen = st.multiselect(
+            say("remove_note"), names, key="remove-names", placeholder=say("choose"),
+        )
         if chosen and st.button(say("delete"), key="remove-files", icon=":material/delete:"):
             delete_uploads(upload_folder(settings.kb), chosen)
             session.sync_desk().start([upload_folder(settings.kb)], settings, session.model_store())
@@ -203,8 +206,10 @@ def _show_outcome(job: SyncJob) -> None:
         st.html(notice_html(say("failed"), job.error))
     elif job.report is not None:
         counts = job.report.counts
-        names = ("added", "changed", "moved", "deleted", "unchanged", "failed")
-        lines = [say("synced", **{name: number(counts[name]) for name in names})]
+        keys = {name: name for name in ("added", "changed", "moved", "deleted", "unchanged")}
+        keys["failed"] = "failed_count"
+        said = [say(key, count=number(counts[name])) for name, key in keys.items() if counts[name]]
+        lines = [" · ".join(said) or say("nothing_to_do")]
         lines += [f"{file.path}: {file.error}" for file in job.report.failed]
         st.html(notice_html(say("knowledge"), "\n".join(lines), kind="good"))
     for name, reason in st.session_state.get("rejected", []):

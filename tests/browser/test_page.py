@@ -28,6 +28,7 @@ ARGUMENTS = [
     "--disable-component-update", "--disable-sync",
 ]
 ANSWERED = '.lr-answer:not([data-kind="live"])'
+IDLE = '[data-testid="stApp"][data-test-script-state="notRunning"]'
 HOSTILE = (
     "# Hausordnung\n\nThe caretaker of the building is Ottokar Weber. "
     "<script>window.owned = 1; document.title = 'owned'</script> "
@@ -119,7 +120,7 @@ class Visit:
             f"() => document.querySelectorAll('{ANSWERED}').length === {count} && "
             "document.querySelectorAll('.lr-answer[data-kind=\"live\"]').length === 0"
         )
-        self.page.wait_for_selector('[data-testid="stApp"][data-test-script-state="notRunning"]')
+        self.page.wait_for_selector(IDLE)
         return [str(text) for text in self.page.locator(f"{ANSWERED} .lr-text").all_inner_texts()]
 
 
@@ -211,12 +212,12 @@ def test_an_uploaded_file_is_found_and_after_its_deletion_no_longer(visit: Any, 
     search.fill("猫舍 开放时间")
     search.press("Enter")
     page.locator(".lr-source", has_text="猫舍规定.md").first.wait_for()
-    page.get_by_test_id("stMultiSelect").locator("input").click()
-    page.get_by_role("option", name="猫舍规定.md").click()
-    page.keyboard.press("Escape")
+    page.wait_for_selector(IDLE)
+    page.get_by_test_id("stMultiSelect").locator("input").fill("猫舍")
+    page.keyboard.press("Enter")
     page.locator(".st-key-remove-files button").click()
     page.get_by_text(re.compile("1 deleted")).wait_for()
-    page.wait_for_selector('[data-testid="stApp"][data-test-script-state="notRunning"]')
+    page.wait_for_selector(IDLE)
     assert page.locator(".lr-source", has_text="猫舍规定.md").count() == 0
 
 
