@@ -193,7 +193,7 @@ def test_pieces_without_a_token_are_in_one_chunk_only() -> None:
     def count_letters(texts: Sequence[str]) -> list[int]:
         return [sum(sign.isalpha() for sign in text) for text in texts]
 
-    document = Document("f.txt", "word -- more , - " * 40, "txt")
+    document = Document("f.txt", "word -- more - " * 40, "txt")
     assert_sound(document, split_document(document, count_letters, chunk_tokens=24))
 
 
