@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rag.answer import Citation, Hit
-from rag.evidence import sentence_spans
 from rag.language import REFUSAL
+from rag.sentences import sentence_spans
 from rag.term_weights import term_weights
 from rag.terms import normalise, passage_terms, question_terms
 

@@ -143,6 +143,11 @@ class StaticEmbedder:
     def embed_questions(self, texts: Sequence[str]) -> Vectors:
         return self.embed_passages(texts)
 
+    def token_vectors(self, texts: Sequence[str]) -> list[Vectors]:
+        """For each text its tokens' vectors as the table has them, float32 (tokens, dim)."""
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [self._table.take(item.ids, axis=0) for item in encoded]
+
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         counts: list[int] = []
         for begin in range(0, len(texts), _STATIC_BATCH):
@@ -169,7 +174,7 @@ class TransformerEmbedder:
             ) from error
         self._model = model
         self.name = name
-        self.dim = int(model.get_sentence_embedding_dimension())
+        self.dim = int(model.encode(["dimension"]).shape[1])
         self.max_tokens: int | None = _positive_or_none(model.get_max_seq_length())
         prompts = {kind: text for kind, text in (model.prompts or {}).items() if text}
         self._query_prompt = prompts.get("query", "")
@@ -219,4 +224,4 @@ def _load_sentence_transformer(kind: Any, name: str, device: str | None) -> Any:
 
 
 def _positive_or_none(number: Any) -> int | None:
-    return int(number) if number and 0 < int(number) < 1_000_000 else None
+    return int(number) if number and 0 < number < 1_000_000 else None  # libraries say inf or 10**30

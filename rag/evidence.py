@@ -20,48 +20,28 @@ import numpy as np
 import numpy.typing as npt
 
 from rag.answer import Hit
-from rag.embedder import Embedder
 from rag.language import Language
+from rag.ranking import FEATURES as MATCH_FEATURES
+from rag.sentences import sentence_spans
+from rag.soft_match import SoftMatch
 from rag.terms import passage_terms
 
 _FITTED = Path(__file__).parent / "bundled" / "evidence.json"
 
-# A full stop ends a sentence where blank space and no lower-case letter follows, so that "3.5",
-# "e.g. this" and "v2.1" stay whole. Chinese marks and line breaks always end one.
-_END = re.compile(
-    r"[。！？；](?:[”’」』）)\"']*)|[!?](?:[\"')\]]*)(?=\s|$)|(?<![A-Z])(?<!\b[Nn]o)(?<!\b(?:Mr|Dr|St|vs|cf))"
-    r"(?<!\bMrs)(?<!\b[Ff]ig)\.(?:[\"')\]]*)(?=\s+[^a-z\s]|\s*$)|\n+"
-)
-
-
-def sentence_spans(text: str) -> list[tuple[int, int]]:
-    """[start, end) of each sentence, without surrounding blanks. Every letter is in one of them."""
-    spans = []
-    begin = 0
-    for match in [*_END.finditer(text), None]:
-        end = match.end() if match else len(text)
-        piece = text[begin:end]
-        stripped = piece.strip()
-        if stripped:
-            start = begin + len(piece) - len(piece.lstrip())
-            spans.append((start, start + len(stripped)))
-        begin = end
-    return spans
-
-
-def best_sentence_start(text: str, weights: Mapping[str, float]) -> int:
-    """Offset of the sentence that holds most of the question's term weight; 0 where none does."""
-    best, best_start = 0.0, 0
-    for start, end in sentence_spans(text):
-        held = sum(weights.get(term, 0.0) for term in set(passage_terms(text[start:end])))
-        if held > best:
-            best, best_start = held, start
-    return best_start
-
-
 FEATURES = (
-    "coverage", "context", "dense", "hit", "pairs", "number", "no_number", "time", "no_time",
-    "name", "no_name", "reason", "length", "question", "first", "place", "digits_kept",
+    "coverage",  # share of the question's term weight that the sentence holds
+    "context",  # the same with the sentences beside it
+    "soft",  # share of the question that the sentence says in the same or other words
+    "soft_context",  # the same with the sentences beside it
+    "dense",  # cosine of question and sentence
+    "hit",  # score of its passage, less that of the best one
+    "pairs",  # share of neighbouring question terms that are neighbours in it
+    "number", "no_number", "time", "no_time", "name", "no_name", "reason", "no_reason",
+    "digits_kept",  # share of the question's numbers that it repeats
+    "length",  # log of its number of terms
+    "question",  # whether it is a question itself
+    "first",  # whether its passage begins with it
+    "place",  # share of the question's term weight in title and headings
 )
 
 _ASKS = {
@@ -107,6 +87,14 @@ class Evidence:
     score: float
 
 
+def _is_heading(sentence: str, hit: Hit) -> bool:
+    """A heading says what is spoken of, not what is said of it."""
+    bare = sentence.lstrip("#").strip()
+    if sentence.startswith("#") and "\n" not in sentence:
+        return True
+    return bare in hit.chunk.headings or bare == hit.chunk.title
+
+
 def asked_for(question: str) -> set[str]:
     """Which kinds of thing the question asks for: "number", "time", "name", "reason"."""
     lowered = question.lower()
@@ -114,67 +102,81 @@ def asked_for(question: str) -> set[str]:
 
 
 def sentence_features(
-    question: str, terms: Sequence[str], weights: Mapping[str, float], hits: Sequence[Hit],
-    embedder: Embedder,
+    question: str, terms: Sequence[str], weights: Mapping[str, float], hits: Sequence[Hit]
 ) -> tuple[list[Evidence], npt.NDArray[np.float64]]:
     """Every sentence of the hits (scores still 0) and its features, float64 (n, FEATURES)."""
     sentences: list[Evidence] = []
-    rows: list[list[float]] = []
+    neighbours: list[range] = []  # for each sentence, itself and those beside it in its passage
+    for number, hit in enumerate(hits, 1):
+        text, first = hit.chunk.text, len(sentences)
+        for start, end in sentence_spans(text):
+            if not _is_heading(text[start:end], hit):
+                sentences.append(
+                    Evidence(number, hit.chunk.start + start, hit.chunk.start + end, text[start:end], 0.0)
+                )
+        last = len(sentences)
+        neighbours += [range(max(first, at - 1), min(last, at + 2)) for at in range(first, last)]
+    if not sentences:
+        return [], np.zeros((0, len(FEATURES)))
+    soft = SoftMatch(question, [item.text for item in sentences])
+    held = [passage_terms(item.text) for item in sentences]
+    sets = [set(terms_).intersection(weights) for terms_ in held]
     total = sum(weights[term] for term in terms) or 1.0
     pairs = list(zip(terms, terms[1:], strict=False))
     pair_total = sum(weights[a] + weights[b] for a, b in pairs) or 1.0
-    wants = asked_for(question)
-    question_digits = set(_DIGITS.findall(question.lower()))
-    question_lower = question.lower()
-    best_score = max((hit.score for hit in hits), default=0.0)
-    for number, hit in enumerate(hits, 1):
-        text = hit.chunk.text
-        spans = sentence_spans(text)
-        held = [passage_terms(text[start:end]) for start, end in spans]
-        sets = [set(terms_).intersection(weights) for terms_ in held]
-        place = sum(weights.get(term, 0.0) for term in set(passage_terms(hit.chunk.place))) / total
-        for at, (start, end) in enumerate(spans):
-            sentence = text[start:end]
-            around: set[str] = set(sets[at])
-            around.update(*sets[max(0, at - 1) : at + 2])
-            new_digits = set(_DIGITS.findall(sentence.lower())) - question_digits
-            new_names = [name for name in _NAME.findall(sentence) if name.lower() not in question_lower]
-            has = {
-                "number": bool(new_digits),
-                "time": bool(_YEAR.search(sentence)) and bool(new_digits or "世纪" in sentence),
-                "name": bool(new_names),
-                "reason": bool(_REASON.search(sentence.lower())),
-            }
-            following = list(zip(held[at], held[at][1:], strict=False))
-            near = set(following) | set(zip(held[at], held[at][2:], strict=False))
-            digits_kept = len(question_digits & set(_DIGITS.findall(sentence.lower())))
-            rows.append([
-                sum(weights[term] for term in sets[at]) / total,
-                sum(weights[term] for term in around) / total,
-                0.0,
-                hit.score - best_score,
-                sum(weights[a] + weights[b] for a, b in pairs if (a, b) in near) / pair_total,
-                float("number" in wants and has["number"]),
-                float("number" in wants and not has["number"]),
-                float("time" in wants and has["time"]),
-                float("time" in wants and not has["time"]),
-                float("name" in wants and has["name"]),
-                float("name" in wants and not has["name"]),
-                float("reason" in wants and has["reason"]),
-                math.log1p(len(held[at])),
-                float(sentence.endswith(("?", "？"))),
-                float(at == 0),
-                place,
-                digits_kept / len(question_digits) if question_digits else 0.0,
-            ])
-            sentences.append(
-                Evidence(number, hit.chunk.start + start, hit.chunk.start + end, sentence, 0.0)
-            )
-    features = np.array(rows).reshape(len(rows), len(FEATURES))
-    if sentences:
-        vectors = embedder.embed_passages([item.text for item in sentences])
-        features[:, 2] = vectors @ embedder.embed_questions([question])[0]
-    return sentences, features
+    places = [_place_coverage(hit, weights) / total for hit in hits]
+    best_score = max(hit.score for hit in hits)
+    kinds = _KindsAsked(question)
+    own = soft.coverages()
+    rows = []
+    for at, item in enumerate(sentences):
+        around = set().union(*(sets[other] for other in neighbours[at]))
+        near = set(zip(held[at], held[at][1:], strict=False))
+        near |= set(zip(held[at], held[at][2:], strict=False))
+        rows.append([
+            sum(weights[term] for term in sets[at]) / total,
+            sum(weights[term] for term in around) / total,
+            float(own[at]),
+            soft.coverage(neighbours[at]),
+            float(soft.dense[at]),
+            hits[item.hit_number - 1].score - best_score,
+            sum(weights[a] + weights[b] for a, b in pairs if (a, b) in near) / pair_total,
+            *kinds.features(item.text),
+            math.log1p(len(held[at])),
+            float(item.text.endswith(("?", "？"))),
+            float(neighbours[at][0] == at),
+            places[item.hit_number - 1],
+        ])
+    return sentences, np.array(rows)
+
+
+def _place_coverage(hit: Hit, weights: Mapping[str, float]) -> float:
+    return sum(weights.get(term, 0.0) for term in set(passage_terms(hit.chunk.place)))
+
+
+class _KindsAsked:
+    """Which kinds of thing a question asks for, and whether a sentence has them to offer."""
+
+    def __init__(self, question: str) -> None:
+        self.wants = asked_for(question)
+        self.lowered = question.lower()
+        self.digits = set(_DIGITS.findall(self.lowered))
+
+    def features(self, sentence: str) -> list[float]:
+        """"number" to "digits_kept" of FEATURES. What stands in the question itself is no answer."""
+        lowered = sentence.lower()
+        digits = set(_DIGITS.findall(lowered))
+        new_digits = digits - self.digits
+        has = {
+            "number": bool(new_digits),
+            "time": bool(_YEAR.search(sentence)) and bool(new_digits or "世纪" in sentence),
+            "name": any(name.lower() not in self.lowered for name in _NAME.findall(sentence)),
+            "reason": bool(_REASON.search(lowered)),
+        }
+        found: list[float] = []
+        for kind in ("number", "time", "name", "reason"):
+            found += [float(kind in self.wants and has[kind]), float(kind in self.wants and not has[kind])]
+        return [*found, len(self.digits & digits) / len(self.digits) if self.digits else 0.0]
 
 
 @lru_cache(maxsize=1)
@@ -186,47 +188,55 @@ def fitted() -> dict[str, dict[str, dict[str, float]]]:
 
 @dataclass(frozen=True, slots=True)
 class RankedEvidence:
-    """Sentences, the one that answers best first, and that one's features."""
+    """Sentences, the one that answers best first, and that one's features beside the usual ones."""
 
     sentences: tuple[Evidence, ...]
     best_features: npt.NDArray[np.float64]  # float64 (FEATURES,)
+    median_features: npt.NDArray[np.float64]  # float64 (FEATURES,), over all sentences
 
 
 def rank_sentences(
-    question: str, terms: Sequence[str], weights: Mapping[str, float], hits: Sequence[Hit],
-    embedder: Embedder, *, language: Language,
+    question: str, terms: Sequence[str], weights: Mapping[str, float], hits: Sequence[Hit], *,
+    language: Language,
 ) -> RankedEvidence:
     """The sentences of the hits by how well they answer the question."""
-    sentences, features = sentence_features(question, terms, weights, hits, embedder)
+    sentences, features = sentence_features(question, terms, weights, hits)
     if not sentences:
-        return RankedEvidence((), np.zeros(len(FEATURES)))
+        return RankedEvidence((), np.zeros(len(FEATURES)), np.zeros(len(FEATURES)))
     fit = fitted()["sentence"][language]
     scores = features @ np.array([fit[name] for name in FEATURES])
     order = [int(at) for at in np.argsort(-scores, kind="stable")]
     ranked = tuple(replace(sentences[at], score=float(scores[at])) for at in order)
-    return RankedEvidence(ranked, features[order[0]])
+    return RankedEvidence(ranked, features[order[0]], np.median(features, axis=0))
 
 
 SUPPORT_FEATURES = (
-    "bias", "coverage", "context", "dense", "pairs", "wrong_kind", "hit_bm25", "hit_dense",
-    "hit_coverage", "hit_window", "unknown", "terms",
+    "bias", "coverage", "context", "soft", "soft_context", "dense", "soft_gap", "pairs", "wrong_kind",
+    "hit_coverage", "hit_window", "bm25_gap", "unknown", "terms",
 )
 
 
 def support_features(
-    question: str, terms: Sequence[str], weights: Mapping[str, float], *,
-    sentence: npt.NDArray[np.float64], hit: npt.NDArray[np.float64], unknown_terms: frozenset[str],
+    terms: Sequence[str], weights: Mapping[str, float], *, evidence: RankedEvidence,
+    hit: npt.NDArray[np.float64], pool: npt.NDArray[np.float64], unknown_terms: frozenset[str],
 ) -> npt.NDArray[np.float64]:
     """float64 (SUPPORT_FEATURES,): what speaks for an answer being there.
 
-    `sentence`: the best sentence's features; `hit`: the best of each match feature among the hits;
+    `hit`: the best of each match feature among the hits; `pool`: the median of each among all
+    candidates, as a passage that answers stands out from what merely is of the same field;
     `unknown_terms`: question terms that stand nowhere in the base.
     """
     total = sum(weights[term] for term in terms) or 1.0
-    wrong_kind = sentence[6] + sentence[8] + sentence[10]
+    best = dict(zip(FEATURES, evidence.best_features, strict=True))
+    usual = dict(zip(FEATURES, evidence.median_features, strict=True))
+    match = dict(zip(MATCH_FEATURES, hit, strict=True))
+    pool_match = dict(zip(MATCH_FEATURES, pool, strict=True))
     return np.array([
-        1.0, sentence[0], sentence[1], sentence[2], sentence[4], wrong_kind, hit[0], hit[1], hit[2],
-        hit[3], sum(weights[term] for term in unknown_terms) / total, math.log1p(len(terms)),
+        1.0, best["coverage"], best["context"], best["soft"], best["soft_context"], best["dense"],
+        best["soft_context"] - usual["soft_context"], best["pairs"],
+        best["no_number"] + best["no_time"] + best["no_name"] + best["no_reason"],
+        match["coverage"], match["window"], match["bm25"] - pool_match["bm25"],
+        sum(weights[term] for term in unknown_terms) / total, math.log1p(len(terms)),
     ])
 
 

@@ -546,7 +546,10 @@ def _load_config(folder: Path, name: str) -> Any:
 
 def _load_model(folder: Path, name: str, dtype: Any) -> Any:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it would stand in the middle of a command's output
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -560,6 +563,9 @@ def _load_model(folder: Path, name: str, dtype: Any) -> Any:
         raise GeneratorError(
             f"{name} can't be loaded as a causal language model: {error}"
         ) from error
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would go on with random weights in their place

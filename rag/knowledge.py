@@ -628,7 +628,7 @@ def _chunk(row: Sequence[Any]) -> Chunk:
 
 
 def _file_record(row: Sequence[Any]) -> FileRecord:
-    return FileRecord(*row[:9], warnings=tuple(json.loads(row[9])), error=row[10])
+    return FileRecord(*row[:9], tuple(json.loads(row[9])), row[10])
 
 
 def _insert_record(connection: sqlite3.Connection, record: FileRecord) -> None:

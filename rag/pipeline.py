@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 import threading
 import time
 from collections.abc import Generator as PyGenerator
@@ -12,10 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from rag.answer import Answer, Citation, GenerationStats, Hit
-from rag.citations import CheckedText, check_citations, is_refusal, strip_markers
+from rag.citations import check_citations, is_refusal, strip_markers
 from rag.confidence import Calibration
 from rag.embedder import Embedder, load_embedder
 from rag.errors import InputError
@@ -187,14 +183,13 @@ class Rag:
         """Find the sentences that answer, and whether anything does."""
         weighed = retrieval.weighed
         evidence = rank_sentences(
-            weighed.text, weighed.terms, weighed.weights, retrieval.hits, self.embedder,
-            language=weighed.language,
+            weighed.text, weighed.terms, weighed.weights, retrieval.hits, language=weighed.language
         )
         support, threshold = 0.0, 1.0
         if evidence.sentences:
             features = support_features(
-                weighed.text, weighed.terms, weighed.weights, sentence=evidence.best_features,
-                hit=retrieval.best_match, unknown_terms=weighed.unknown_terms,
+                weighed.terms, weighed.weights, evidence=evidence, hit=retrieval.best_match,
+                pool=retrieval.pool_match, unknown_terms=weighed.unknown_terms,
             )
             support, threshold = support_probability(features, weighed.language)
         return _Plan(
@@ -276,7 +271,7 @@ class Rag:
             )
             for item in chosen
         )
-        text = "\n".join(f"{re.sub(r'\\s+', ' ', item.text)} [{item.hit_number}]" for item in chosen)
+        text = "\n".join(f"{' '.join(item.text.split())} [{item.hit_number}]" for item in chosen)
         return Answer(
             question=plan.question, text=text, kind="quoted", citations=citations,
             hits=plan.retrieval.hits, confidence=plan.support, stats=stats,

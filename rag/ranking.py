@@ -25,8 +25,8 @@ FEATURES = (
     "window",  # the same within its best stretch of WINDOW terms
     "pairs",  # share of neighbouring question terms that are neighbours in the passage
     "place",  # share of the question's term weight in title, headings and file name
-    "bm25_of_best",  # bm25 divided by the best among the candidates
-    "dense_of_best",  # dense divided by the best among the candidates
+    "bm25_standing",  # bm25 between the median (0) and the best (1) of the candidates
+    "dense_standing",  # dense likewise: cosines of different embedders have different ranges
 )
 WINDOW = 30
 _K1, _B = 1.2, 0.6
@@ -81,8 +81,8 @@ def match_features(
         row[4] = sum(weights[a] + weights[b] for a, b in pairs if _adjacent(places, a, b)) / pair_total
         row[5] = sum(weights[term] for term in in_place) / total
     if len(candidates):
-        row_best = np.maximum(rows[:, :2].max(axis=0), 1e-6)
-        rows[:, 6:8] = rows[:, :2] / row_best
+        best, median = rows[:, :2].max(axis=0), np.median(rows[:, :2], axis=0)
+        rows[:, 6:8] = (rows[:, :2] - median) / np.maximum(best - median, 1e-6)
     return rows
 
 

@@ -11,10 +11,10 @@ from rag.answer import Hit
 from rag.document import Chunk
 from rag.embedder import Embedder
 from rag.errors import InputError
-from rag.evidence import best_sentence_start
 from rag.knowledge import KnowledgeBase, StoredChunk
 from rag.language import Language, detect_language
 from rag.ranking import FEATURES, Candidate, match_features, rank
+from rag.sentences import best_sentence_start
 from rag.term_weights import term_weights
 from rag.terms import question_terms
 
@@ -37,11 +37,16 @@ class WeighedQuestion:
 
 @dataclass(frozen=True, slots=True)
 class Retrieval:
-    """What came of one search. `best_match` holds the best of each match feature among the hits."""
+    """What came of one search.
+
+    `best_match` holds the best of each match feature among the hits, `pool_match` the median among
+    all candidates.
+    """
 
     weighed: WeighedQuestion
     hits: tuple[Hit, ...]
     best_match: np.ndarray  # float64 (FEATURES,)
+    pool_match: np.ndarray  # float64 (FEATURES,)
 
 
 @dataclass(slots=True)
@@ -114,7 +119,7 @@ class Retriever:
         weighed = self.weigh(question)
         stored, features = self._candidates(weighed, vector, dense, max(CANDIDATES, 3 * k))
         if not stored:
-            return Retrieval(weighed, (), np.zeros(len(FEATURES)))
+            return Retrieval(weighed, (), np.zeros(len(FEATURES)), np.zeros(len(FEATURES)))
         scores = rank(features, weighed.language)
         order = sorted(range(len(stored)), key=lambda at: (-scores[at], stored[at].row))
         hits: list[Hit] = []
@@ -141,7 +146,7 @@ class Retriever:
                 hits[neighbour] = self._joined(hits[neighbour], hit)
         return Retrieval(
             weighed=weighed, hits=tuple(self._with_page(hit, weighed) for hit in hits),
-            best_match=features[kept_rows].max(axis=0),
+            best_match=features[kept_rows].max(axis=0), pool_match=np.median(features, axis=0),
         )
 
     def _candidates(

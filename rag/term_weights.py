@@ -15,6 +15,9 @@ from functools import lru_cache
 from pathlib import Path
 
 PRIOR_PASSAGES = 300.0
+# A Han bigram that stands neither in the base nor in the collection is mostly no word at all but
+# the seam between two; a Latin word that stands nowhere is a rare name and keeps its weight.
+_SEAM = 0.3
 _COUNTS = Path(__file__).parent / "bundled" / "term_counts.txt.xz"
 
 
@@ -44,4 +47,6 @@ def term_weights(
         prior = shares.get(term, unknown)
         share = (counts.get(term, 0) + PRIOR_PASSAGES * prior) / (total + PRIOR_PASSAGES)
         weights[term] = math.log(1.0 + (1.0 - share) / (share + 1e-4))
+        if not counts.get(term) and term not in shares and not term.isascii():
+            weights[term] *= _SEAM
     return weights

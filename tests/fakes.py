@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rag.generator import GenerationResult
+from rag.prompt import Prompt
 from rag.terms import passage_terms
 
 
@@ -39,3 +41,42 @@ class WordEmbedder:
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return [len(passage_terms(text)) for text in texts]
+
+
+class ScriptedGenerator:
+    """Writes what it is told to, word by word, and keeps the prompts it was given."""
+
+    name = "scripted"
+    device = "cpu"
+    dtype = "float32"
+    context_length = 4096
+
+    def __init__(self, *texts: str, layout: str = "chat", logprob: float = -0.1) -> None:
+        self.texts = list(texts)
+        self.layout = layout
+        self.logprob = logprob
+        self.prompts: list[Prompt] = []
+
+    def count_tokens(self, prompt: Prompt) -> int:
+        text = prompt.text or " ".join(message.content for message in prompt.messages)
+        return len(text.split())
+
+    def stream(self, prompt, *, max_new_tokens, sampling=None, stop_strings=()):
+        self.prompts.append(prompt)
+        text = self.texts.pop(0)
+        pieces = text.split(" ")
+        for at, piece in enumerate(pieces):
+            yield piece if at == 0 else f" {piece}"
+        return self._result(prompt, text)
+
+    def generate_batch(self, prompts, *, max_new_tokens, sampling=None, stop_strings=()):
+        self.prompts += prompts
+        return [self._result(prompt, self.texts.pop(0)) for prompt in prompts]
+
+    def _result(self, prompt: Prompt, text: str) -> GenerationResult:
+        words = text.split(" ")
+        return GenerationResult(
+            text=text, token_ids=tuple(range(len(words))), token_logprobs=(self.logprob,) * len(words),
+            finish_reason="stop", prompt_tokens=self.count_tokens(prompt), reused_tokens=0,
+            new_tokens=len(words), seconds_to_first_token=0.01, tokens_per_second=100.0,
+        )

@@ -545,9 +545,8 @@ def encode_example(
         tail = tokenizer.encode(f" [{gold + 1}]<|end|>").ids  # " [", "n", "]", end
         marker = coded.char_to_token(starts[gold] + len("<|passage|>["))
         answer = ids[first_token : last_token + 1] + tail
-        sources = [*range(first_token, last_token + 1), IGNORED, marker, IGNORED, IGNORED]
-        if len(sources) != len(answer):
-            return None
+        sources = list(range(first_token, last_token + 1))
+        sources += [marker if token == ids[marker] else IGNORED for token in tail]
     targets = [(before - 1 + n, token) for n, token in enumerate(answer)]
     return Example(
         ids=np.array(ids + answer[:-1], np.int32),

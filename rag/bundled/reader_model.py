@@ -183,6 +183,10 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), q, k
 
 
+# dimensions of the residual stream that embeddings leave free, and what the first of them say
+RESERVED = 16
+CONSTANT, QUESTION, PASSAGE, ANSWER, BEGUN, MATCHED = range(6)
+
 LayerFunction = Callable[
     [Layer, Tensor, tuple[Tensor, Tensor], Tensor | None], tuple[Tensor, Tensor, Tensor]
 ]
@@ -261,7 +265,7 @@ class Reader(nn.Module):
         """Fresh weights. `vectors` (vocab_size, hidden_size), unit rows, start the embeddings.
 
         The keys of half the heads start as the queries, so that a token attends to its like from
-        the first step on (after Trockman and Kolter, 2023); outputs of blocks start at zero.
+        the first step on (after Trockman and Kolter, 2023); outputs of blocks start small.
         """
         config = self.config
         with torch.no_grad():
@@ -269,15 +273,75 @@ class Reader(nn.Module):
                 if parameter.ndim == 2:
                     nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
                 if name.endswith(("o_proj.weight", "down_proj.weight", "_head.weight")):
-                    parameter.mul_(0.1)
-            if vectors is not None:
-                noise = torch.randn_like(self.model.embed_tokens.weight) * config.hidden_size**-0.5
-                rows = torch.from_numpy(vectors) + 0.4 * noise
-                self.model.embed_tokens.weight.copy_(F.normalize(rows, dim=-1))
+                    parameter.mul_(0.03)
             for layer in self.model.layers:
                 attention = layer.self_attn
                 rows_kept = config.head_dim * max(1, config.num_key_value_heads // 2)
                 attention.k_proj.weight[:rows_kept] = attention.q_proj.weight[:rows_kept]
+            self._build_matching(vectors)
+
+    def _build_matching(self, vectors: NDArray[np.float32] | None) -> None:
+        """Start with a passage token knowing whether the question holds it too.
+
+        Found by training alone this takes longer than a processor has: it needs one head that
+        tells question from passage and, above it, one that compares tokens. So the embeddings
+        leave RESERVED dimensions free, the first layer's head 1 attends to the special tokens and
+        writes down how many passages have begun, and the second layer's head 1 attends from every
+        token to its like in the first question, or else to itself, and writes down which of the
+        two it was. Both go on learning like the rest.
+        """
+        config = self.config
+        C, D = config.hidden_size, config.head_dim
+        embeddings = self.model.embed_tokens.weight
+        if vectors is not None:
+            embeddings.mul_(0.4).add_(torch.from_numpy(vectors))
+        # vectors keep their strongest directions and leave the first dimensions free
+        words = F.normalize(embeddings[:, : C - RESERVED], dim=-1)
+        embeddings.zero_()
+        embeddings[:, RESERVED:] = words
+        embeddings[:, CONSTANT] = 0.25
+        embeddings[0, QUESTION] = embeddings[1, PASSAGE] = embeddings[2, ANSWER] = 1.0
+
+        # the pairs of dimensions that positions hardly turn; the last pair holds the flags
+        slow = [*range(D // 4, D // 2 - 1), *range(D // 2 + D // 4, D - 1)]
+        flag, other = D // 2 - 1, D - 1
+        kv = min(1, config.num_key_value_heads - 1)
+        head = kv * (config.num_attention_heads // config.num_key_value_heads)
+
+        def parts(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            """Views of head 1's queries, keys, values (D, C) and outputs (C, D), set to zero."""
+            attention = layer.self_attn
+            views = (
+                attention.q_proj.weight[head * D : (head + 1) * D],
+                attention.k_proj.weight[kv * D : (kv + 1) * D],
+                attention.v_proj.weight[kv * D : (kv + 1) * D],
+                attention.o_proj.weight[:, head * D : (head + 1) * D],
+            )
+            for view in views:
+                view.zero_()
+            return views
+
+        # which part of the prompt: attend to the special tokens before
+        q, k, v, o = parts(self.model.layers[0])
+        q[flag, CONSTANT] = 0.8
+        k[flag, QUESTION] = k[flag, PASSAGE] = 1.0
+        k[other, CONSTANT] = 0.5
+        v[0, PASSAGE] = 1.0
+        o[BEGUN, 0] = 0.05  # about 0.25 in the first passage, 0 in the first question
+
+        # matching: the same projection of queries and keys, first-question keys preferred
+        q, k, v, o = parts(self.model.layers[1])
+        project = torch.empty(len(slow), C - RESERVED)
+        nn.init.orthogonal_(project)
+        q[slow, RESERVED:] = project
+        k[slow, RESERVED:] = project
+        q[flag, CONSTANT] = 0.8
+        k[flag, CONSTANT] = 0.8
+        k[flag, BEGUN] = -0.8
+        v[0, CONSTANT] = 1.0
+        v[0, BEGUN] = -1.0
+        o[MATCHED, 0] = 0.1
+        self.model.layers[1].self_attn.q_norm.weight.fill_(3.0)
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines for positions (B, T). Returns two tensors (B, T, 1, D)."""
@@ -319,8 +383,8 @@ class Reader(nn.Module):
     ) -> Losses:
         """The answer's cross-entropy; how far the pointer heads look from where it is copied
         from; which sentence answers, told from the sentences' last tokens; which passage tokens
-        the question holds too, told after two layers, and how much of the question the sentence
-        has said so far, told after three.
+        the question holds too, told before the third layer from the top, and how much of the
+        question the sentence has said so far, told before the second.
 
         The last two say at every token what matching a question with a passage is made of; the
         answer's own loss takes far longer to come upon it.
@@ -369,8 +433,8 @@ class Reader(nn.Module):
         match, coverage = answer.new_zeros(()), answer.new_zeros(())
         if match_weight:
             weight = batch.match_weight / batch.match_weight.sum().clamp(min=1.0)
-            deep = min(3, self.config.num_hidden_layers - 1)
-            told = F.rms_norm(inputs[min(2, deep)], (x.shape[-1],))
+            deep = max(1, self.config.num_hidden_layers - 2)
+            told = F.rms_norm(inputs[deep - 1], (x.shape[-1],))
             scores = self.match_head(told)[..., 0].float() + self.head_bias[0].float()
             match = (
                 F.binary_cross_entropy_with_logits(scores, batch.matches, reduction="none") * weight

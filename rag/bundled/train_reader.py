@@ -65,7 +65,8 @@ PLAN: tuple[tuple[float, Stage], ...] = (
 COPY_TOKENS = 48  # length of the stretch that is said twice
 COPY_LIMIT = 0.15  # most of the budget that copying may take
 AVERAGE_EVERY = 4  # steps between two updates of the weights' moving average
-COPIED = 0.97  # share of tokens copied right at which reading begins
+MICRO_TOKENS = 1024  # of one micro-batch on a processor
+COPIED = 0.92  # share of tokens copied right at which reading begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -427,7 +428,11 @@ class Training:
         count = options.threads if options.device == "cpu" else 1
         self.workers = Workers(self.reader, count, compiled=options.compile)
         # several small ones a core, so that none waits long for a core that others use too
-        self.micro_batches = 1 if self.device.type == "cuda" else 4 * options.threads
+        self.micro_batches = (
+            1
+            if self.device.type == "cuda"
+            else max(options.threads, options.tokens_per_step // MICRO_TOKENS)
+        )
         self.progress = Progress()
         self.pool: list[list[Example]] = []
 
@@ -609,7 +614,7 @@ class Training:
                 batches,
                 pointer_weight=0.5,
                 sentence_weight=0.3,
-                match_weight=0.0 if stage < 0 else 0.5,
+                match_weight=0.0 if stage < 0 else 1.0 if stage == 0 else 0.3,
             )
             norm = self.optimiser.update(gradients, scale=scale)
             progress.step += 1

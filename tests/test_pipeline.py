@@ -1,0 +1,150 @@
+"""Question to answer, with a scripted model in place of a big one and the real embedder."""
+
+import pytest
+from fakes import ScriptedGenerator
+
+from rag import Rag, Settings
+from rag.confidence import Calibration
+from rag.document import Chunk, Document, Page
+from rag.embedder import load_embedder
+from rag.errors import InputError, KnowledgeBaseError
+from rag.knowledge import FileRecord, KnowledgeBase
+from rag.language import REFUSAL
+
+TEXTS = {
+    "lease.txt": "The lease of the flat in Harbour Street began on 3 May 2021. The monthly rent is 1,250 "
+    "euros. The deposit amounts to three months of rent.",
+    "boiler.txt": "The boiler in the cellar is serviced every October. Its pressure must stay above 1.2 bar. "
+    "Call the engineer when the red lamp blinks.",
+    "合同.txt": "甲方应于每月五日前向乙方支付工资。试用期为三个月。合同自二〇二二年一月一日起生效。",
+    "pets.txt": "Cats may be kept in the flat. Dogs need the written consent of the owner.",
+}
+CERTAIN = Calibration(bias=0.0, logprob=10.0, support=0.0, threshold=0.2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    embedder = load_embedder("bundled")
+    base = KnowledgeBase.create(tmp_path_factory.mktemp("kb"))
+    with base.writing():
+        base.bind_embedder(embedder)
+        for path, text in TEXTS.items():
+            chunk = Chunk(path, text, 0, len(text))
+            base.put_file(
+                FileRecord(path, path, 1, "ok"), Document(path, text, "txt"), [chunk],
+                embedder.embed_passages([chunk.indexed_text]),
+            )
+        base.publish()
+    return base.folder
+
+
+def rag_with(folder, *texts, calibration=None, **options):
+    rag = Rag.open(settings=Settings(kb=str(folder)))
+    generator = ScriptedGenerator(*texts, **options)
+    rag.use_generator(generator, calibration)
+    return rag, generator
+
+
+def test_an_answer_cites_the_sentence_it_comes_from(folder):
+    rag, _ = rag_with(folder, "The monthly rent is 1,250 euros.")
+    answer = rag.ask("How much is the monthly rent of the flat?")
+    assert answer.kind == "generated" and answer.text == "The monthly rent is 1,250 euros [1]."
+    (citation,) = answer.citations
+    assert citation.path == "lease.txt"
+    assert TEXTS["lease.txt"][citation.start : citation.end] == citation.quote == "The monthly rent is 1,250 euros."
+    assert answer.hits[0].chunk.path == "lease.txt"
+
+
+def test_a_stream_ends_with_the_answer_and_its_pieces_are_the_text(folder):
+    rag, _ = rag_with(folder, "The monthly rent is 1,250 euros.")
+    *pieces, last = rag.stream("How much is the monthly rent of the flat?")
+    assert "".join(pieces) == "The monthly rent is 1,250 euros."
+    assert last.text == "The monthly rent is 1,250 euros [1]."
+
+
+@pytest.mark.parametrize(
+    ("question", "language"),
+    [("Who won the football world cup in Brazil?", "en"), ("太阳系最大的行星叫什么名字？", "zh")],
+)
+def test_nothing_is_generated_where_nothing_supports_an_answer(folder, question, language):
+    rag, generator = rag_with(folder)
+    answer = rag.ask(question)
+    assert answer.refused and answer.text == REFUSAL[language]
+    assert generator.prompts == []
+    assert answer.citations == ()
+
+
+def test_the_words_a_model_refuses_with_become_a_refusal(folder):
+    rag, _ = rag_with(folder, REFUSAL["en"])
+    assert rag.ask("How much is the monthly rent of the flat?").refused
+
+
+def test_a_small_model_that_is_unsure_is_replaced_by_a_quotation(folder):
+    rag, _ = rag_with(folder, "Dogs pay rent.", calibration=CERTAIN, logprob=-3.0)
+    answer = rag.ask("How much is the monthly rent of the flat?")
+    assert answer.kind == "quoted"
+    assert answer.citations[0].quote == "The monthly rent is 1,250 euros."
+    assert "1,250 euros" in answer.text and "[1]" in answer.text
+
+
+def test_a_small_model_that_is_sure_but_unsupported_is_replaced_too(folder):
+    rag, _ = rag_with(folder, "It is 999 pounds.", calibration=CERTAIN, logprob=-0.01)
+    assert rag.ask("How much is the monthly rent of the flat?").kind == "quoted"
+
+
+def test_words_of_a_model_held_back_never_show_in_the_stream(folder):
+    rag, _ = rag_with(folder, "Dogs pay rent.", calibration=CERTAIN, logprob=-3.0)
+    pieces = [piece for piece in rag.stream("How much is the monthly rent of the flat?") if isinstance(piece, str)]
+    assert "Dogs" not in "".join(pieces)
+
+
+def test_an_unsupported_sentence_is_reported(folder):
+    rag, _ = rag_with(folder, "The monthly rent is 1,250 euros [1]. Heating is included in it [1].")
+    answer = rag.ask("How much is the monthly rent of the flat?")
+    assert answer.unsupported == ("Heating is included in it.",)
+
+
+def test_a_follow_up_is_searched_with_the_question_before(folder):
+    rag, generator = rag_with(folder, "It amounts to three months of rent.")
+    history = [("How much is the monthly rent of the flat?", "The monthly rent is 1,250 euros [1].")]
+    answer = rag.ask("And the deposit?", history=history)
+    assert answer.hits[0].chunk.path == "lease.txt"
+    assert [message.role for message in generator.prompts[0].messages] == ["system", "user", "assistant", "user"]
+
+
+def test_a_batch_gives_the_answers_of_single_questions_in_order(folder):
+    questions = ["试用期是多长时间？", "Who won the football world cup in Brazil?", "What pressure must the boiler keep?"]
+    texts = ["试用期为三个月。", "Its pressure must stay above 1.2 bar."]
+    batch = rag_with(folder, *texts)[0].batch(questions)
+    rag, _ = rag_with(folder, *texts)
+    single = [rag.ask(question) for question in questions]
+    assert [answer.text for answer in batch] == [answer.text for answer in single]
+    assert [answer.kind for answer in batch] == ["generated", "refused", "generated"]
+
+
+def test_the_page_of_a_hit_is_where_the_best_sentence_stands(tmp_path):
+    embedder = load_embedder("bundled")
+    text = "The first page speaks of gardens and of rain.\nThe second page says the fee is 40 euros."
+    cut = text.index("\n") + 1
+    base = KnowledgeBase.create(tmp_path)
+    chunk = Chunk("a.pdf", text, 0, len(text), page=1, last_page=2)
+    with base.writing():
+        base.bind_embedder(embedder)
+        base.put_file(
+            FileRecord("a.pdf", "h", 1, "ok"),
+            Document("a.pdf", text, "pdf", pages=(Page(1, 0, cut), Page(2, cut, len(text)))), [chunk],
+            embedder.embed_passages([text]),
+        )
+    rag = Rag.open(tmp_path)
+    assert rag.retrieve("How high is the fee in euros?")[0].page == 2
+    assert rag.retrieve("What is said of gardens and rain?")[0].page == 1
+
+
+def test_an_empty_question_and_an_empty_base_are_told_apart(folder, tmp_path):
+    rag, _ = rag_with(folder)
+    with pytest.raises(InputError, match="empty"):
+        rag.ask("  ")
+    with pytest.raises(KnowledgeBaseError, match="python -m ingest"):
+        Rag.open(tmp_path / "none")
+    KnowledgeBase.create(tmp_path / "kb")
+    assert Rag.open(tmp_path / "kb").ask("Anything?").refused
