@@ -11,10 +11,10 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
-from ingest.builder import DocumentBuilder
+from ingest.builder import DocumentBuilder, format_table
 from ingest.outline import add_articles, find_numbered_headings
 from rag.document import Document, Heading
 
@@ -46,8 +46,20 @@ _EDGE_LINES = 3  # at the top and the bottom of a page, where running heads and 
 _MARGIN = 0.12  # of the page's height, within which a line can be one of them
 _NUMBER_MARGIN = 0.18  # the same for a page number
 _RUNNING_SHARE = 0.3  # of the pages on which a line must come back to be a running head
+_CELL_GAP = 1.5  # of a line's height, from which a gap parts two cells
+_MIN_ROWS = 6  # lines with a gap at one place, for a page to have columns
 _MAX_TITLE = 160  # characters of a heading
 _LARGER = 1.13  # times the size of running text, for a line to be a heading
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """A wide space inside of a line: where it is in the text, and from where to where, in points."""
+
+    start: int
+    end: int
+    x0: float
+    x1: float
 
 
 @dataclass(slots=True)
@@ -61,6 +73,7 @@ class Line:
     y1: float
     is_bold: bool = False
     is_hyphenated: bool = False
+    gaps: list[Gap] = field(default_factory=list)
 
     @property
     def height(self) -> float:
@@ -89,6 +102,7 @@ class _Paragraph:
     """Lines that belong together, each with the number of its page."""
 
     lines: list[tuple[int, Line]] = field(default_factory=list)
+    is_table: bool = False
 
     @property
     def size(self) -> float:
@@ -101,7 +115,7 @@ def lay_out(
 ) -> Document:
     """One document out of the pages' lines."""
     for page in pages:
-        page.lines = _join_row(page.lines)
+        page.lines = _join_row(_order_columns(page))
     _drop_running_lines(pages)
     body_size = _body_size(pages)
     paragraphs = _form_paragraphs(pages, body_size)
@@ -129,6 +143,44 @@ def lay_out(
 
 
 # lines ------------------------------------------------------------------------------------------
+
+
+def _order_columns(page: PageText) -> list[Line]:
+    """The lines of a page of two columns that was drawn row by row, one column after the other.
+
+    Only where many lines have a wide gap at one place and prose on both sides of it; a table's
+    rows, with their short cells, stay rows.
+    """
+    starts = [gap for line in page.lines for gap in line.gaps]
+    if len(starts) < _MIN_ROWS:
+        return page.lines
+    middle = median((gap.x0 + gap.x1) / 2 for gap in starts)
+    crossed = [
+        (line, gap) for line in page.lines for gap in line.gaps if gap.x0 < middle < gap.x1
+    ]
+    if len(crossed) < max(_MIN_ROWS, len(page.lines) // 2):
+        return page.lines
+    narrowest = 0.22 * page.width
+    left = median(gap.x0 - line.x0 for line, gap in crossed)
+    right = median(line.x1 - gap.x1 for line, gap in crossed)
+    others = sum(len(line.gaps) - 1 for line, _ in crossed)
+    if min(left, right) < narrowest or others > 0.3 * len(crossed):
+        return page.lines
+    ordered: list[Line] = []
+    columns: tuple[list[Line], list[Line]] = [], []
+    gap_at = {id(line): gap for line, gap in crossed}
+    for line in page.lines:
+        gap = gap_at.get(id(line))
+        if gap is not None:
+            head, tail = line.text[: gap.start], line.text[gap.end :]
+            columns[0].append(replace(line, text=head, x1=gap.x0, is_hyphenated=False, gaps=[]))
+            columns[1].append(replace(line, text=tail, x0=gap.x1, gaps=[]))
+        elif line.x1 < middle or line.x0 > middle:
+            columns[line.x0 > middle].append(line)
+        else:  # over both columns: what stands above it comes first
+            ordered += [*columns[0], *columns[1], line]
+            columns = [], []
+    return [*ordered, *columns[0], *columns[1]]
 
 
 def _join_row(lines: list[Line]) -> list[Line]:
@@ -218,7 +270,12 @@ def _form_paragraphs(pages: Sequence[PageText], body_size: float) -> list[_Parag
         edges = _Edges(page.lines)
         for line in page.lines:
             is_new_page = page.number != last_page
-            if last is None or not (
+            if last is not None and not is_new_page and _are_rows(last, line):
+                paragraph = paragraphs[-1]
+                if len(paragraph.lines) > 1 and not paragraph.is_table:
+                    paragraphs.append(_Paragraph([paragraph.lines.pop()]))
+                paragraphs[-1].is_table = True
+            elif last is None or paragraphs[-1].is_table or not (
                 _continues_over_break(last, line, last_edges, edges)
                 if is_new_page
                 else _continues(last, line, edges, len(paragraphs[-1].lines))
@@ -228,6 +285,29 @@ def _form_paragraphs(pages: Sequence[PageText], body_size: float) -> list[_Parag
             paragraphs[-1].lines.append((page.number, line))
             last, last_page, last_edges = line, page.number, edges
     return paragraphs
+
+
+def _cells(line: Line) -> list[str]:
+    """The line cut at gaps that are wider than a space or a typesetter's indent."""
+    cells: list[str] = []
+    position = 0
+    for gap in line.gaps:
+        if gap.x1 - gap.x0 > _CELL_GAP * line.height:
+            cells.append(line.text[position : gap.start])
+            position = gap.end
+    return [*cells, line.text[position:]]
+
+
+def _are_rows(last: Line, line: Line) -> bool:
+    """Whether two lines are neighbouring rows of one table: as many cells, one of them in line."""
+    cells = len(_cells(line))
+    if cells < 2 or cells != len(_cells(last)) or not 0 < last.y0 - line.y0 < 3 * line.height:
+        return False
+    lefts, last_lefts = ({round(gap.x1) for gap in row.gaps} for row in (line, last))
+    in_line = any(abs(x - y) <= 2 for x in lefts for y in last_lefts)
+    rights, last_rights = ({round(gap.x0) for gap in row.gaps} for row in (line, last))
+    in_line |= any(abs(x - y) <= 2 for x in rights for y in last_rights)
+    return in_line and abs(last.x0 - line.x0) <= 2 * line.height
 
 
 class _Edges:
@@ -371,7 +451,9 @@ def _hyphenated_words(pages: Sequence[PageText]) -> set[str]:
 
 
 def _join_lines(paragraph: _Paragraph, vocabulary: set[str]) -> tuple[str, list[tuple[int, int]]]:
-    """The paragraph as one line, and at which offset each further page begins in it."""
+    """The paragraph as one line (a table as rows), and at which offset each further page begins in it."""
+    if paragraph.is_table:
+        return format_table([_cells(line) for _, line in paragraph.lines]), []
     number, first = paragraph.lines[0]
     text = first.text
     page_offsets: list[tuple[int, int]] = []
@@ -455,6 +537,8 @@ def _by_size(
     num_bold = sum(paragraph.lines[0][1].is_bold for paragraph, _, _ in placed)
     for paragraph, text, start in placed:
         if len(text) > _MAX_TITLE or not _WORD.search(text) or len(paragraph.lines) > 4:
+            continue
+        if paragraph.is_table:
             continue
         size = round(paragraph.size * 2) / 2
         is_bold = paragraph.lines[0][1].is_bold

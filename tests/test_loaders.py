@@ -320,6 +320,29 @@ def test_a_sentence_goes_on_over_the_page_break(tmp_path: Path) -> None:
     assert document.page_at(document.text.index("to the next")) == 2
 
 
+def test_columns_that_were_drawn_row_by_row_are_read_one_after_the_other(tmp_path: Path) -> None:
+    first = [f"The first column goes on with line {n:02}" for n in range(12)]
+    second = [f"while the second one has line {n:02} too" for n in range(12)]
+    rows = [(x, 700 - 16 * n, side[n]) for n in range(12) for x, side in ((60, first), (320, second))]
+    title = "# A title over both of the columns of the page"
+    write_pdf(tmp_path / "a.pdf", [[(60, 750, title), *rows]])
+    text = load_document(tmp_path / "a.pdf", "a.pdf").text
+    assert text == "\n\n".join([title[2:], " ".join([*first, *second])])
+
+
+def test_tables_become_markdown_rows(tmp_path: Path) -> None:
+    table = [("Model", "Layers", "Size"), ("small", "8", "60 MB"), ("large one", "24", "1.2 GB")]
+    rows = [(x, 660 - 20 * n, cell) for n, row in enumerate(table) for x, cell in zip((60, 220, 380), row)]
+    before = (60, 700, "The sizes of the models are in the table below.")
+    after = (60, 560, "They are those of the files on the disk.")
+    write_pdf(tmp_path / "a.pdf", [[before, *rows, after]])
+    assert load_document(tmp_path / "a.pdf", "a.pdf").text == (
+        "The sizes of the models are in the table below.\n\n"
+        "| Model | Layers | Size |\n| --- | --- | --- |\n| small | 8 | 60 MB |\n"
+        "| large one | 24 | 1.2 GB |\n\nThey are those of the files on the disk."
+    )
+
+
 def test_large_type_makes_headings(tmp_path: Path) -> None:
     page = [(72, 700, "# Key-value cache"),
             *column(["The cache keeps keys and values of all tokens, so that a step is quick.",

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from ingest.builder import clean_line
-from ingest.layout import Line, Outline, PageText, lay_out
+from ingest.layout import Gap, Line, Outline, PageText, lay_out
 from rag.document import Document
 from rag.errors import LoadError
 
 _MIN_VISIBLE = 8  # fewer characters on a page with a big picture: the page is a scan
 _SCAN_SHARE = 0.45  # of the page's area, for a picture to count as the scan of it
 _GARBLED_SHARE = 0.2  # of a page's characters that mean nothing, for the page to be reported
+_WIDE_LINE = 0.25  # of the page's width, from which a line may be a table's row or of two columns
+_WIDE_GAP = 0.9  # of a line's height; a space between words is about a third of it
+_SPACE_RUN = re.compile(r" +")
 # pdfium writes this in place of a hyphen at a line's end, and no line break behind it
 _HYPHEN = "\ufffe"
 _LINE = re.compile(rf"([^\n{_HYPHEN}]*)([\n{_HYPHEN}]|$)")
@@ -133,7 +136,7 @@ def _read_page(pdf: Any, index: int, health: _Health) -> PageText:
         return PageText(number, 0.0, 0.0, [])
     try:
         width, height = page.get_size()
-        lines = list(_read_lines(textpage))
+        lines = list(_read_lines(textpage, width))
         visible = sum(len(line.text.replace(" ", "")) for line in lines)
         if visible < _MIN_VISIBLE and _picture_share(page, width * height) >= _SCAN_SHARE:
             health.scanned.append(number)
@@ -160,7 +163,7 @@ def _picture_share(page: Any, area: float) -> float:
     return covered / area if area else 0.0
 
 
-def _read_lines(textpage: Any) -> Iterator[Line]:
+def _read_lines(textpage: Any, page_width: float) -> Iterator[Line]:
     """The page's lines as pdfium orders them, each with the box around it, in points."""
     import ctypes
 
@@ -190,10 +193,21 @@ def _read_lines(textpage: Any) -> Iterator[Line]:
         x0 = edges[0][2]
         height, y0, _ = sorted(edges)[1]
         raw.FPDFText_GetCharBox(textpage, indices[last] if indices else last, left, right, bottom, top)
-        yield Line(
+        line = Line(
             stripped, x0, max(x0, right.value), y0, y0 + height,
             is_bold=num_bold == 3, is_hyphenated=match[2] == _HYPHEN,
         )
+        if line.x1 - x0 > _WIDE_LINE * page_width:
+            # pdfium joins what is drawn on one height: cells of a row, lines of two columns.
+            for space in _SPACE_RUN.finditer(stripped):
+                before, after = (first + offset for offset in (space.start() - 1, space.end()))
+                before, after = (indices[before], indices[after]) if indices else (before, after)
+                raw.FPDFText_GetCharBox(textpage, before, left, right, bottom, top)
+                gap_start = right.value
+                raw.FPDFText_GetCharBox(textpage, after, left, right, bottom, top)
+                if left.value - gap_start > _WIDE_GAP * height:
+                    line.gaps.append(Gap(space.start(), space.end(), gap_start, left.value))
+        yield line
 
 
 def _read_characters(textpage: Any) -> tuple[str, list[int]]:
