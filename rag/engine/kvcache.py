@@ -347,7 +347,9 @@ class PrefixCache:
 class KVPool:
     """Keys and values of `capacity` token slots: one allocation for each layer and kind.
 
-    Both are (kv heads, slots, head dim), zero at first, so that a padded read is a number.
+    Both are (kv heads, slots, head dim). Nothing is written at first, so that a system which hands
+    out memory on first use (Linux, macOS) gives only what is used; no slot is read before it is
+    written.
     """
 
     def __init__(
@@ -362,8 +364,8 @@ class KVPool:
     ) -> None:
         self.capacity = capacity
         shape = (num_kv_heads, capacity, head_dim)
-        self._keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self._values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self._keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self._values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
 
     @property
     def bytes(self) -> int:
