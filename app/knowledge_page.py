@@ -8,7 +8,7 @@ from typing import Any
 import streamlit as st
 
 from app import session
-from app.markup import escape, hit_html, notice_html
+from app.markup import escape, escape_label, hit_html, notice_html
 from app.session import say
 from app.syncing import SyncJob, root_folders
 from app.texts import number
@@ -171,8 +171,9 @@ def _show_sync(base: KnowledgeBase) -> None:
     names = uploaded_names(upload_folder(settings.kb))
     if names:
         st.html(f'<h2 class="lr-heading">{say("remove")}</h2>')
-        chosen = st.multiselect(
-            say("remove_note"), names, key="remove-names", placeholder=say("choose"),
+        chosen = st.pills(
+            say("remove_note"), names, selection_mode="multi", format_func=escape_label,
+            key=f"remove-names-{len(names)}",
         )
         if chosen and st.button(say("delete"), key="remove-files", icon=":material/delete:"):
             delete_uploads(upload_folder(settings.kb), chosen)

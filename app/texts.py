@@ -198,7 +198,6 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "failed_count": ("{count} not read", "未能读取 {count}"),
     "nothing_to_do": ("Nothing to do: there are no files.", "没有文件，无需更新。"),
     "choose_files": ("Choose files", "选择文件"),
-    "choose": ("Choose", "请选择"),
     # access
     "password": ("Password", "密码"),
     "enter": ("Enter", "进入"),

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from app.screenshots import (
+    ANSWERED,
+    BROWSER_ARGUMENTS,
+    BROWSERS,
+    IDLE,
+    REPOSITORY,
+    build_base,
+    find_browser,
+    serve,
+)
+
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 pytestmark = pytest.mark.browser
 
-REPOSITORY = Path(__file__).parent.parent.parent
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-ARGUMENTS = [
-    "--no-sandbox", "--headless", "--disable-gpu", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]
-ANSWERED = '.lr-answer:not([data-kind="live"])'
-IDLE = '[data-testid="stApp"][data-test-script-state="notRunning"]'
 HOSTILE = (
     "# Hausordnung\n\nThe caretaker of the building is Ottokar Weber. "
     "<script>window.owned = 1; document.title = 'owned'</script> "
@@ -40,11 +36,11 @@ HOSTILE = (
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    found = find_browser()
     if found is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on the PATH")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=found, args=list(BROWSER_ARGUMENTS))
         yield browser
         browser.close()
 
@@ -58,40 +54,9 @@ def server(tmp_path_factory: pytest.TempPathFactory, browser: Any) -> Iterator[s
     for file in (next((REPOSITORY / "knowledge/zh").glob("*.pdf")), REPOSITORY / "knowledge/en/06-rmsnorm-and-swiglu.md"):
         shutil.copy(file, documents)
     (documents / "house-rules.md").write_text(HOSTILE, encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("RAG_")},
-        "RAG_KB": str(folder / "kb"), "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1",
-    }
-    ingest = [sys.executable, "-m", "ingest", str(documents), "--kb", str(folder / "kb"), "--quiet"]
-    subprocess.run(ingest, cwd=REPOSITORY, env=environment, check=True, capture_output=True)
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "streamlit", "run", "app/chat.py", "--server.port", str(port),
-             "--server.headless", "true"],
-            cwd=REPOSITORY, env=environment, stdout=log, stderr=log,
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        _wait_until_healthy(address, process, folder / "log")
+    build_base(documents, folder / "kb")
+    with serve(folder / "kb") as address:
         yield address
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
-
-
-def _wait_until_healthy(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + 60
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{address}/_stcore/health", timeout=2) as answer:
-                if answer.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
-    pytest.fail(f"the page did not start:\n{log.read_text()}")
 
 
 class Visit:
@@ -213,8 +178,7 @@ def test_an_uploaded_file_is_found_and_after_its_deletion_no_longer(visit: Any, 
     search.press("Enter")
     page.locator(".lr-source", has_text="猫舍规定.md").first.wait_for()
     page.wait_for_selector(IDLE)
-    page.get_by_test_id("stMultiSelect").locator("input").fill("猫舍")
-    page.keyboard.press("Enter")
+    page.locator('[class*="st-key-remove-names"] button', has_text="猫舍规定.md").click()
     page.locator(".st-key-remove-files button").click()
     page.get_by_text(re.compile("1 deleted")).wait_for()
     page.wait_for_selector(IDLE)
