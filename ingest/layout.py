@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 
 from ingest.builder import DocumentBuilder, format_table
-from ingest.outline import add_articles, find_numbered_headings
+from ingest.outline import add_articles, find_counted_headings, find_numbered_headings
 from rag.document import Document, Heading
 
 _CJK = "\u2e80-\u303f\u3040-\u30ff\u31f0-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003134f“”‘’—…"
@@ -499,7 +499,9 @@ def _find_headings(
     from_outline = _match_outline(placed, outline)
     if len(from_outline) >= 2 and len(from_outline) >= 0.5 * len(outline):
         return add_articles(from_outline, text)
-    return find_numbered_headings(text) or _by_size(placed, body_size)
+    return (
+        find_numbered_headings(text) or _by_size(placed, body_size) or find_counted_headings(text)
+    )
 
 
 def _squeeze(text: str) -> str:

@@ -1,6 +1,7 @@
 """Headings of texts that mark them only by their wording: statutes, numbered chapters.
 
     第一编 总则 / 第一分编 / 第一章 / 第一节 / 第一条        Part I, Chapter 3, Section 2, Article 5
+    一、 （一） 1. 1.1                                       (where there is nothing better)
 
 A table of contents has the same lines with nothing between them. Of such a run only its tail can be
 real headings, and only as far as each one is deeper than the one before it.
@@ -59,6 +60,70 @@ def find_numbered_headings(text: str) -> list[Heading]:
     return [
         Heading(levels.index(heading.level) + 1, heading.title, heading.start) for heading in kept
     ]
+
+
+_CHINESE_DIGITS = "零一二三四五六七八九"
+_COUNTED = (
+    re.compile(r"[ \t\u3000]*(?P<number>[一二三四五六七八九十]{1,3})、[ \t]*(?P<title>[^\n]+)"),
+    re.compile(r"[ \t\u3000]*[（(](?P<number>[一二三四五六七八九十]{1,3})[）)][ \t]*(?P<title>[^\n]+)"),
+    re.compile(r"[ \t\u3000]*(?P<number>[\d０-９]{1,2})(?:[.．、][ \t\u3000]*|[ \t\u3000]+)(?![\d０-９])(?P<title>[^\n]+)"),
+    re.compile(r"[ \t\u3000]*(?P<number>\d{1,2}\.\d{1,2})[.．]?[ \t\u3000]+(?P<title>[^\n]+)"),
+    re.compile(r"[ \t\u3000]*(?P<number>\d{1,2}\.\d{1,2}\.\d{1,2})[.．]?[ \t\u3000]+(?P<title>[^\n]+)"),
+)
+_SENTENCE = re.compile(r"[。；，;,!！?？:：]|\.$|\.{4,}|…|\|")
+_MAX_COUNTED_TITLE = 50  # characters
+_MIN_BODY = 60  # characters between two such headings on average; less is a list
+
+
+def find_counted_headings(text: str) -> list[Heading]:
+    """Headings that are only short lines with a running number: 一、 （一） 1. 1.1 1.1.1
+
+    A line counts if its number follows the one before it (or starts again at one below another
+    kind), and if there is text between the lines: otherwise they are a list.
+    """
+    found: list[tuple[int, int, str]] = []  # (start, kind, line)
+    last: dict[int, str] = {}
+    start = 0
+    for line in text.split("\n"):
+        for kind, pattern in enumerate(_COUNTED):
+            match = pattern.fullmatch(line)
+            if match is None:
+                continue
+            title = match["title"].strip()
+            is_title = len(title) <= _MAX_COUNTED_TITLE and not _SENTENCE.search(title)
+            if is_title and _follows(last.get(kind), match["number"]):
+                last[kind] = match["number"]
+                found.append((start, kind, " ".join(line.split())))
+            break
+        start += len(line) + 1
+    kept: list[tuple[int, int, str]] = []
+    for kind in range(len(_COUNTED)):
+        lines = [entry for entry in found if entry[1] == kind]
+        if len(lines) >= 2:
+            kept += lines
+    kept.sort()
+    if len(kept) < 2 or (len(text) - kept[0][0]) / len(kept) < _MIN_BODY:
+        return []
+    levels = sorted({kind for _, kind, _ in kept})
+    return [Heading(levels.index(kind) + 1, line, begin) for begin, kind, line in kept]
+
+
+def _follows(before: str | None, number: str) -> bool:
+    parts = [_read_number(part) for part in number.split(".")]
+    if parts[-1] == 1:
+        return True
+    return before is not None and _read_number(before.split(".")[-1]) + 1 == parts[-1]
+
+
+def _read_number(text: str) -> int:
+    """"十二", "12" or "１２" as 12."""
+    if text.isdigit():
+        return int(text)
+    tens, found, ones = text.rpartition("十")
+    value = 0
+    if found:
+        value = 10 * (_CHINESE_DIGITS.find(tens) if tens else 1)
+    return value + (_CHINESE_DIGITS.find(ones) if ones else 0)
 
 
 def add_articles(headings: list[Heading], text: str) -> list[Heading]:

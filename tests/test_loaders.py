@@ -10,7 +10,7 @@ import pytest
 
 from ingest.encoding import decode_text
 from ingest.loaders import find_loader, load_document, why_skipped
-from ingest.outline import find_numbered_headings
+from ingest.outline import find_counted_headings, find_numbered_headings
 from rag.document import Document
 from rag.errors import LoadError
 
@@ -74,6 +74,12 @@ def test_a_guessed_encoding_is_said(tmp_path: Path) -> None:
 
 def test_text_is_the_files_own_with_line_ends_made_one(tmp_path: Path) -> None:
     assert load(tmp_path, "a.txt", "one\r\ntwo\rthree\n").text == "one\ntwo\nthree\n"
+
+
+def test_a_short_first_line_by_itself_is_the_title(tmp_path: Path) -> None:
+    assert load(tmp_path, "a.txt", "估算显存\n\n显存由三部分组成。").title == "估算显存"
+    for text in ("One sentence.\n\nAnother.", "a list:\n\nitem", "wrapped at\nthis width", "alone"):
+        assert load(tmp_path, "a.txt", text).title == ""
 
 
 def test_an_empty_file_has_no_text_and_a_warning(tmp_path: Path) -> None:
@@ -153,6 +159,24 @@ def test_english_chapters_and_articles_count() -> None:
     ]
 
 
+def test_short_lines_with_running_numbers_are_headings_where_text_stands_between() -> None:
+    body = "\n\n" + "各部门应当按照分工落实责任，加强协调配合，确保各项措施取得实效。" * 2 + "\n\n"
+    text = f"一、总体要求{body}（一）指导思想{body}（二）基本原则{body}二、主要任务{body}三、保障措施{body}"
+    assert [(heading.level, heading.title) for heading in find_counted_headings(text)] == [
+        (1, "一、总体要求"), (2, "（一）指导思想"), (2, "（二）基本原则"), (1, "二、主要任务"),
+        (1, "三、保障措施"),
+    ]
+    english = "1. Scope\n\n{0}\n\n1.1 Terms\n\n{0}\n\n1.2 Rules\n\n{0}\n\n2. Use\n\n{0}".format("Some text. " * 12)
+    assert [(heading.level, heading.title) for heading in find_counted_headings(english)] == [
+        (1, "1. Scope"), (2, "1.1 Terms"), (2, "1.2 Rules"), (1, "2. Use"),
+    ]
+
+
+def test_a_numbered_list_is_not_taken_for_headings() -> None:
+    assert find_counted_headings("Buy:\n\n1. bread\n2. milk\n3. two apples\n") == []
+    assert find_counted_headings("一、这是一句完整的话，不是标题。\n\n" + "正文。" * 60) == []
+
+
 # html -------------------------------------------------------------------------------------------
 
 
@@ -216,6 +240,17 @@ def test_word_documents_are_read_in_order(tmp_path: Path) -> None:
         "| 8 | 900 |\n\nLimits\n\nOutliers hurt.\nA line of its own."
     )
     assert titles(document) == [(1, "量化的原理"), (2, "Limits")]
+
+
+def test_bold_lines_are_headings_where_there_are_no_styles(tmp_path: Path) -> None:
+    source = docx.Document()
+    for title in ("Mission", "Vision"):
+        source.add_paragraph().add_run(title).bold = True
+        source.add_paragraph("What it says is said in a sentence or two.")
+        source.add_paragraph("And in another one.")
+    source.save(str(tmp_path / "a.docx"))
+    document = load_document(tmp_path / "a.docx", "a.docx")
+    assert titles(document) == [(1, "Mission"), (1, "Vision")]
 
 
 def test_a_docx_that_is_not_one_says_so(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 from ingest.archive import check_zip
 from ingest.builder import DocumentBuilder, clean_line
-from ingest.outline import add_articles, find_numbered_headings
-from rag.document import Document
+from ingest.outline import add_articles, find_counted_headings, find_numbered_headings
+from rag.document import Document, Heading
 from rag.errors import LoadError
 
 _W = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
@@ -27,7 +27,7 @@ class DocxLoader:
 
     media_type = "docx"
     suffixes: tuple[str, ...] = (".docx", ".docm")
-    version = 1
+    version = 2
 
     def load(self, file: Path, path: str) -> Document:
         import docx
@@ -46,7 +46,12 @@ class DocxLoader:
         document = reader.builder.build(path, self.media_type)
         headings = list(document.headings)
         text = document.text
-        headings = add_articles(headings, text) if headings else find_numbered_headings(text)
+        if headings:
+            headings = add_articles(headings, text)
+        else:
+            headings = (
+                find_numbered_headings(text) or reader.bold_headings or find_counted_headings(text)
+            )
         title = clean_line(package.core_properties.title or "") or reader.title
         return replace(document, headings=tuple(headings), title=title or _guess_title(document))
 
@@ -68,6 +73,13 @@ class _Reader:
         self._styles = {style.style_id: style for style in package.styles}
         self._levels: dict[str, int | None] = {}
         self._previous_was_item = False
+        self._bold: list[Heading] = []
+        self._num_paragraphs = 0
+
+    @property
+    def bold_headings(self) -> list[Heading]:
+        """Short paragraphs all in bold, where they are the exception."""
+        return self._bold if 2 <= len(self._bold) <= 0.4 * self._num_paragraphs else []
 
     def read_body(self) -> None:
         for element in _blocks(self._package.element.body):
@@ -115,7 +127,12 @@ class _Reader:
             separator = "\n" if self._previous_was_item else "\n\n"
             self.builder.add_text("  " * min(depth, 8) + "- " + lines, separator)
         else:
+            self._num_paragraphs += 1
+            start = self.builder.next_start()
             self.builder.add_paragraph(lines)
+            is_short = len(lines) <= _MAX_TITLE and not _SENTENCE_END.search(lines)
+            if is_short and "\n" not in lines and _is_bold(element):
+                self._bold.append(Heading(1, lines, start))
         self._previous_was_item = is_item
 
     def _heading_level(self, element: Any, style_id: str | None) -> int | None:
@@ -202,6 +219,17 @@ def _read_text(paragraph: Any) -> str:
         else:
             stack.extend(reversed(element))
     return "".join(parts)
+
+
+def _is_bold(paragraph: Any) -> bool:
+    """Whether every run that shows text is set in bold by itself."""
+    runs = [
+        run for run in paragraph.iter(f"{_W}r") if any(t.text for t in run.iter(f"{_W}t"))
+    ]
+    marks = [run.find(f"{_W}rPr/{_W}b") for run in runs]
+    return bool(marks) and all(
+        mark is not None and mark.get(f"{_W}val") not in ("0", "false") for mark in marks
+    )
 
 
 def _value(element: Any, path: str) -> str | None:

@@ -36,7 +36,7 @@ class HtmlLoader:
 
     media_type = "html"
     suffixes: tuple[str, ...] = (".html", ".htm", ".xhtml", ".shtml")
-    version = 1
+    version = 2
 
     def load(self, file: Path, path: str) -> Document:
         data = file.read_bytes()

@@ -38,7 +38,7 @@ class PdfLoader:
 
     media_type = "pdf"
     suffixes: tuple[str, ...] = (".pdf",)
-    version = 1
+    version = 2
 
     def load(self, file: Path, path: str) -> Document:
         import pypdfium2 as pdfium

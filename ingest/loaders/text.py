@@ -6,10 +6,12 @@ import re
 from pathlib import Path
 
 from ingest.encoding import decode_text, is_binary
-from ingest.outline import find_numbered_headings
+from ingest.outline import find_counted_headings, find_numbered_headings
 from rag.document import Document, Heading
 from rag.errors import LoadError
 
+_MAX_TITLE = 60  # characters
+_TITLE_END = re.compile(r"[。！？；：，、.!?;:,|]$")
 _MARKDOWN_HEADING = re.compile(r"^(#{1,6})[ \t]+(\S[^\n]*)$", re.MULTILINE)
 
 
@@ -18,13 +20,18 @@ class TextLoader:
 
     media_type = "txt"
     suffixes: tuple[str, ...] = (".txt", ".text", ".log", ".rst", ".srt", ".vtt", ".tex")
-    version = 1
+    version = 2
 
     def load(self, file: Path, path: str) -> Document:
         text, warnings = read_text(file)
-        headings = find_numbered_headings(text) or _find_hash_headings(text)
+        headings = (
+            find_numbered_headings(text)
+            or _find_hash_headings(text)
+            or find_counted_headings(text)
+        )
         return Document(
-            path, text, self.media_type, headings=tuple(headings), warnings=tuple(warnings)
+            path, text, self.media_type, guess_title(text), headings=tuple(headings),
+            warnings=tuple(warnings),
         )
 
 
@@ -52,6 +59,16 @@ def read_text(file: Path) -> tuple[str, list[str]]:
 def normalise_lines(text: str) -> str:
     """Line ends as \\n; characters that no reader can see or store become a space."""
     return text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", " ")
+
+
+def guess_title(text: str) -> str:
+    """A short first line that ends in no mark and stands by itself."""
+    first, _, rest = text.lstrip("\n").partition("\n")
+    first = first.strip()
+    stands_alone = not rest.split("\n", 1)[0].strip() and bool(rest.strip())
+    if 0 < len(first) <= _MAX_TITLE and stands_alone and not _TITLE_END.search(first):
+        return first.lstrip("# ")
+    return ""
 
 
 def _find_hash_headings(text: str) -> list[Heading]:
