@@ -237,7 +237,13 @@ def test_padding_does_not_change_the_losses(tokenizer: PreTrainedTokenizerFast) 
             examples, device=torch.device("cpu"), rng=np.random.default_rng(0), vocab_size=512,
             others=100_000,  # every token is among the candidates
         )
-        found = reader.losses(batch, pointer_weight=1.0, sentence_weight=1.0)
+        rows = reader.model.embed_tokens.weight[batch.candidates]
+        found = reader.losses(batch, rows, pointer_weight=1.0, sentence_weight=1.0)
+        # the loss, which looks at answer positions alone, is that of the whole network's logits
+        logits = reader.logits(batch.ids)[batch.target_rows, batch.target_columns]
+        each = torch.nn.functional.cross_entropy(logits, batch.target_ids, reduction="none")
+        weight = 1.0 + batch.first.float()
+        assert float(found.answer) == pytest.approx(float((each * weight).sum() / weight.sum()), abs=1e-4)
         losses.append((float(found.answer), float(found.pointer), float(found.sentence)))
     assert short.targets.shape == long.targets.shape  # so the mean of both weighs them alike
     assert losses[2] == pytest.approx(np.mean(losses[:2], 0), abs=1e-4)

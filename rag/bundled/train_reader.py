@@ -64,7 +64,7 @@ PLAN: tuple[tuple[float, Stage], ...] = (
 )
 COPY_TOKENS = 48  # length of the stretch that is said twice
 COPY_LIMIT = 0.15  # most of the budget that copying may take
-AVERAGE_EVERY = 4  # steps between two updates of the weights' moving average
+AVERAGE_EVERY = 16  # steps between two updates of the weights' moving average
 MICRO_TOKENS = 1024  # of one micro-batch on a processor
 COPIED = 0.92  # share of tokens copied right at which reading begins
 
@@ -131,47 +131,56 @@ class Optimiser:
         ]
         self.rates = (muon_rate, adam_rate)
         self.updates = 0
-        by_adam = [n for n in range(len(self.names)) if not self._by_muon(n)]
         self.by_muon = [n for n in range(len(self.names)) if self._by_muon(n)]
-        # vectors (norms, the sentence head) move faster than the embeddings
-        groups = [
-            {"params": [self.masters[n] for n in by_adam if "embed" in self.names[n]], "times": 1.0},
-            {"params": [self.masters[n] for n in by_adam if "embed" not in self.names[n]], "times": 4.0},
+        self.rows_at = next(n for n, name in enumerate(self.names) if "embed_tokens" in name)
+        self.by_adam = [
+            n for n in range(len(self.names)) if n != self.rows_at and not self._by_muon(n)
         ]
-        self.adam = torch.optim.Adam(groups, lr=adam_rate, betas=(0.9, 0.98), fused=True)
-        for n in by_adam:
-            self.adam.state[self.masters[n]] = {
-                "step": torch.zeros((), device=self.masters[n].device),
-                "exp_avg": self.first[n],
-                "exp_avg_sq": self.second[n],
-            }
 
     def _by_muon(self, n: int) -> bool:
         return self.parameters[n].ndim == 2 and ".layers." in self.names[n]
 
     @torch.no_grad()
-    def update(self, gradients: Sequence[Tensor], *, scale: float) -> float:
-        """One step with both rates times `scale`. Returns the gradients' norm before clipping."""
+    def update(
+        self, gradients: Sequence[Tensor], rows: tuple[Tensor, Tensor], *, scale: float
+    ) -> float:
+        """One step with both rates times `scale`. `gradients` are those of all parameters but
+        the embeddings, `rows` those of some of their rows. Returns the norm before clipping."""
         self.updates += 1
-        norm = float(torch.stack([g.norm() for g in gradients]).norm())
+        norm = float(torch.stack([g.norm() for g in (*gradients, rows[1])]).norm())
         clip = min(1.0, 1.0 / (norm + 1e-6))
+        every = [*gradients]
+        every.insert(self.rows_at, rows[1])
         # the two halves touch different tensors, so a second core takes one of them
-        other = threading.Thread(target=self._update_by_muon, args=(gradients, scale))
+        other = threading.Thread(target=self._update_by_muon, args=(every, scale))
         other.start()
-        for master, gradient in zip(self.masters, gradients):
-            if master in self.adam.state:
-                master.grad = gradient.mul_(clip)
-        for group in self.adam.param_groups:
-            group["lr"] = self.rates[1] * scale * group["times"]
-        self.adam.step()
+        rate = self.rates[1] * scale
+        for n in self.by_adam:
+            # vectors (norms, the heads of training) move faster than the embeddings
+            self._adam(self.masters[n], self.first[n], self.second[n], every[n] * clip, 4 * rate)
+        at, gradient = rows
+        held = [tensors[self.rows_at][at] for tensors in (self.masters, self.first, self.second)]
+        self._adam(held[0], held[1], held[2], gradient * clip, rate)
+        for tensors, new in zip((self.masters, self.first, self.second), held):
+            tensors[self.rows_at][at] = new
+        self.parameters[self.rows_at][at] = held[0].to(self.parameters[self.rows_at].dtype)
         other.join()
-        for parameter, master in zip(self.parameters, self.masters):
-            parameter.copy_(master)
+        for n in (*self.by_adam, *self.by_muon):
+            self.parameters[n].copy_(self.masters[n])
         if self.updates % AVERAGE_EVERY == 0:
             decay = min(0.998, (1 + self.updates) / (10 + self.updates)) ** AVERAGE_EVERY
             for master, average in zip(self.masters, self.average):
                 average.lerp_(master, 1 - decay)
         return norm
+
+    def _adam(
+        self, master: Tensor, first: Tensor, second: Tensor, gradient: Tensor, rate: float
+    ) -> None:
+        """Adam (Kingma and Ba, 2015) in place; for rows, only where they occur."""
+        first.lerp_(gradient, 0.1)
+        second.lerp_(gradient.square(), 0.02)
+        size = (second / (1 - 0.98**self.updates)).sqrt_().add_(1e-8)
+        master.addcdiv_(first, size, value=-rate / (1 - 0.9**self.updates))
 
     @torch.no_grad()
     def _update_by_muon(self, gradients: Sequence[Tensor], scale: float) -> None:
@@ -207,8 +216,6 @@ class Optimiser:
                 if name in saved_at or name not in TRAINING_ONLY:
                     mine.copy_(state[key][saved_at[name]])
         self.updates = state["updates"]
-        for held in self.adam.state.values():
-            held["step"].fill_(float(self.updates))
         for parameter, master in zip(self.parameters, self.masters):
             parameter.copy_(master)
 
@@ -241,10 +248,12 @@ class Workers:
         pointer_weight: float,
         sentence_weight: float,
         match_weight: float,
-    ) -> tuple[list[Tensor], list[Losses]]:
-        """Mean gradients over `batches`, float32, and the losses of each."""
+    ) -> tuple[list[Tensor], tuple[Tensor, Tensor], list[Losses]]:
+        """Mean gradients over `batches`, float32, for all but the embeddings; for those, the
+        rows that occurred, (K,), and their gradients, (K, C); and the losses of each batch."""
         queue = list(enumerate(batches))
         done: list[Losses | None] = [None] * len(batches)
+        touched: list[tuple[Tensor, Tensor]] = []
         failures: list[BaseException] = []
         lock = threading.Lock()
 
@@ -255,14 +264,19 @@ class Workers:
                         if not queue:
                             return
                         n, batch = queue.pop()
+                    weight = reader.model.embed_tokens.weight
+                    rows = weight[batch.candidates].detach().requires_grad_()
                     losses = reader.losses(
                         batch,
+                        rows,
                         pointer_weight=pointer_weight,
                         sentence_weight=sentence_weight,
                         match_weight=match_weight,
                     )
                     (losses.total / len(batches)).backward()
                     done[n] = replace(losses, total=losses.total.detach())
+                    assert rows.grad is not None, "every batch reads its embeddings"
+                    touched.append((batch.candidates, rows.grad))
             except BaseException as error:  # handed on to the caller below
                 failures.append(error)
 
@@ -279,13 +293,21 @@ class Workers:
         if failures:
             raise failures[0]
         gradients = []
-        for copies in zip(*(r.parameters() for r in self.readers)):
+        for copies in zip(*(trained_densely(r) for r in self.readers)):
             parts = [p.grad for p in copies if p.grad is not None]
             gradient = torch.zeros_like(copies[0], dtype=torch.float32)
             for part in parts:
                 gradient += part
             gradients.append(gradient)
-        return gradients, [losses for losses in done if losses is not None]
+        rows, places = torch.cat([ids for ids, _ in touched]).unique(return_inverse=True)
+        row_gradients = torch.zeros(len(rows), touched[0][1].shape[1], device=rows.device)
+        row_gradients.index_add_(0, places, torch.cat([g.float() for _, g in touched]))
+        return gradients, (rows, row_gradients), [losses for losses in done if losses is not None]
+
+
+def trained_densely(reader: Reader) -> list[torch.nn.Parameter]:
+    """All parameters but the embeddings, of which a step touches some rows only."""
+    return [p for name, p in reader.named_parameters() if "embed_tokens" not in name]
 
 
 # --- what a run needs ---------------------------------------------------------------------------
@@ -610,13 +632,13 @@ class Training:
             warm = min(1.0, (self.optimiser.updates + 1) / 50)
             scale = warm * min(1.0, (1 - done) / 0.5)
             batches = self._next_batches(stage)
-            gradients, losses = self.workers.gradients(
+            gradients, rows, losses = self.workers.gradients(
                 batches,
                 pointer_weight=0.5,
                 sentence_weight=0.3,
                 match_weight=0.0 if stage < 0 else 1.0 if stage == 0 else 0.3,
             )
-            norm = self.optimiser.update(gradients, scale=scale)
+            norm = self.optimiser.update(gradients, rows, scale=scale)
             progress.step += 1
             progress.tokens += sum(b.tokens for b in batches)
             means = [
