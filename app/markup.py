@@ -17,6 +17,7 @@ from rag.answer import Answer, Citation, Hit
 
 _MARKER = re.compile(r"\[(\d{1,3})\]")
 _AROUND = 220  # characters of the document shown before and after a passage
+_BEFORE_CITED, _AFTER_CITED = 420, 620  # of a long passage, what is shown around its citations
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -157,13 +158,19 @@ def segments(
 ) -> list[Segment]:
     """The passage [start, end) in its surroundings, cut where the cited spans begin and end.
 
-    Together the segments are one slice of the document. `cited` are offsets into the document.
+    Together the segments are one slice of the document, which holds every cited span and as much
+    of the passage as fits around them. `cited` are offsets into the document.
     """
-    first = _word_start(document_text, max(0, start - _AROUND), start)
-    last = _word_end(document_text, min(len(document_text), end + _AROUND), end)
-    for span in cited:  # a citation never lies outside of what is shown
-        first, last = min(first, span[0]), max(last, span[1])
-    cuts = {first, start, end, last}
+    first, last = max(0, start - _AROUND), min(len(document_text), end + _AROUND)
+    inner_first, inner_last = start, end
+    if cited:
+        # The reader should see the citation at once, without scrolling through a long passage.
+        inner_first, inner_last = min(a for a, _ in cited), max(b for _, b in cited)
+        first = max(first, inner_first - _BEFORE_CITED)
+        last = min(last, inner_last + _AFTER_CITED)
+    first = _word_start(document_text, min(first, inner_first), inner_first)
+    last = _word_end(document_text, max(last, inner_last), inner_last)
+    cuts = {first, last} | {edge for edge in (start, end) if first < edge < last}
     for span in cited:
         cuts.update(span)
     result: list[Segment] = []

@@ -125,9 +125,8 @@ def _visit(page: Any, address: str, locale: str) -> Iterator[str]:
     _settle(page)
     if page.locator("a.lr-chip").count():
         page.locator("details.lr-source summary").first.click()
-        page.locator("details.lr-cost summary").first.click()
-        # from the top, so that question, answer and source are in the picture together
-        page.locator(".lr-question").first.scroll_into_view_if_needed()
+        # From the top, so that question, answer and source are in the picture together.
+        page.evaluate("() => document.querySelector('[data-testid=\"stMain\"]').scrollTo(0, 0)")
         _settle(page)
         yield "answer"
         page.locator('[class*="st-key-view-"] button').first.click()
