@@ -8,6 +8,7 @@ new one, each of them whole, and the next run goes on from there.
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from ingest.splitter import VERSION as SPLITTER_VERSION
 from ingest.splitter import split_document
 from rag.document import Chunk, Document
 from rag.embedder import Embedder, load_embedder
-from rag.errors import EmbedderError, InputError
+from rag.errors import EmbedderError, InputError, KnowledgeBaseError
 from rag.knowledge import DATABASE, FileRecord, KnowledgeBase
 from rag.settings import Settings
 
@@ -139,6 +140,15 @@ class _Run:
 
     def apply(self, *, reembed: bool) -> SyncReport:
         base = KnowledgeBase.create(Path(self._settings.kb))
+        try:
+            return self._apply(base, reembed=reembed)
+        except sqlite3.OperationalError as error:  # the disk is full, a quota, a file is locked
+            raise KnowledgeBaseError(
+                f"the knowledge base in {base.folder} can't be written: {error}. What was stored "
+                "before is whole; make room or check the folder's rights, and run this again."
+            ) from error
+
+    def _apply(self, base: KnowledgeBase, *, reembed: bool) -> SyncReport:
         with base.writing():
             if reembed:
                 self._reembed(base)

@@ -531,6 +531,27 @@ def test_a_second_writer_is_told_who_holds_the_lock(tmp_path: Path) -> None:
     assert f"pid {os.getpid()}" in outcome.err
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
+def test_a_full_disk_is_told_in_a_line_and_leaves_the_base_whole(tmp_path: Path) -> None:
+    write(tmp_path / "docs" / "a.md", "# A\n\nStored before the disk is full.")
+    assert ingest(tmp_path, "docs").code == 0
+    make_corpus(tmp_path / "docs", 30)
+    # No file may grow beyond 300 KB: what a write then meets is what it meets on a full disk.
+    limit = "import resource, signal, runpy, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); "
+    limit += "sys.argv[0] = 'ingest'; runpy.run_module('ingest', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", limit, *command(tmp_path, "docs")[3:]], cwd=tmp_path,
+        env=environment(), capture_output=True, text=True, encoding="utf-8", timeout=120,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "can't be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "a.md" in KnowledgeBase.open(tmp_path / "kb").files()
+    assert ingest(tmp_path, "docs", "--json").report["failed"] == 0
+    assert len(KnowledgeBase.open(tmp_path / "kb").files()) == 31
+
+
 def test_a_missing_index_file_is_made_again(tmp_path: Path) -> None:
     write(tmp_path / "docs" / "a.txt", "one")
     sync_words(tmp_path, tmp_path / "docs")
