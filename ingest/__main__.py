@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rag.errors import InputError, RagError, SettingsError
 from rag.settings import Settings
@@ -29,6 +30,9 @@ error; 130 stopped by Ctrl-C (what was stored stays, the next run goes on).
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path must not end the run
     parser = _make_parser()
     options = parser.parse_args(arguments)
     try:
@@ -111,7 +115,7 @@ def _run(options: argparse.Namespace, settings: Settings) -> int:
             )
         print(report.describe(max_changes=None if options.verbose else 40))
         if options.json:
-            print(json.dumps(report.to_dict(), ensure_ascii=False))
+            print(_to_json(report.to_dict()))
         if not options.watch:
             return EXIT_FAILED_FILES if report.failed else EXIT_OK
         print(f"watching {', '.join(options.paths)}; Ctrl-C ends it.", flush=True)
@@ -133,6 +137,12 @@ def _wait_for_change(paths: Sequence[str], before: int) -> None:
 
 def _interrupt(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def _to_json(value: dict[str, Any]) -> str:
+    """One line; escaped where the terminal's encoding could not show it."""
+    is_unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    return json.dumps(value, ensure_ascii=not is_unicode)
 
 
 class _ProgressBar:
@@ -175,7 +185,7 @@ def _print_health(settings: Settings, *, as_json: bool) -> int:
     records = list(KnowledgeBase.open(settings.kb).files().values())
     print(format_health(records))
     if as_json:
-        print(json.dumps({"files": [asdict(record) for record in records]}, ensure_ascii=False))
+        print(_to_json({"files": [asdict(record) for record in records]}))
     return EXIT_OK
 
 

@@ -155,7 +155,7 @@ def find_twins(records: Sequence[FileRecord]) -> dict[str, str]:
     for record in records:
         if record.sha256 in first and record.size:
             twins[record.path] = first[record.sha256]
-        else:
+        elif record.sha256:  # "" is that of a file that could not be opened
             first.setdefault(record.sha256, record.path)
     return twins
 

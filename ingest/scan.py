@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ingest.loaders import find_loader, why_skipped
-from ingest.roots import Scope
+from ingest.roots import RootTable, Scope
 
 IGNORE_FILE = ".ragignore"
 _TEMPORARY = re.compile(
@@ -48,7 +48,8 @@ class ScanResult:
 
 
 def scan(
-    scopes: Sequence[Scope], *, kb: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    scopes: Sequence[Scope], roots: RootTable, *, kb: Path, include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> ScanResult:
     """Every file in the scopes that has a loader, by its path in the base, in path order.
 
@@ -67,6 +68,9 @@ def scan(
             if not reason and not _is_utf8(path):
                 path = path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
                 reason = "its name is not valid UTF-8; rename it"
+            owner = roots.owner(path)
+            if not reason and owner is not None and owner != scope.root:
+                reason = f"in the base {owner.prefix} stands for {owner.folder}; rename this folder"
             if not reason and find_loader(file.name) is None:
                 reason = why_skipped(file.name)
             if reason:

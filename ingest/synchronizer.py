@@ -172,7 +172,7 @@ class _Run:
         kb = Path(self._settings.kb)
         before = RootTable.from_json(roots_text, kb).follow_renamed(self._paths, list(known))
         roots, scopes = before.add(self._paths, known, kb=kb)
-        found = scan(scopes, kb=kb, include=self._include, exclude=self._exclude)
+        found = scan(scopes, roots, kb=kb, include=self._include, exclude=self._exclude)
         hashes = hash_files(list(found.sources.values()))
         gone = _find_gone(known, found, before, roots, scopes)
         vanished = roots.vanished(known)

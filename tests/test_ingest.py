@@ -17,6 +17,7 @@ import pytest
 from fakes import WordEmbedder
 
 from ingest import FileResult, Limits, Progress, SyncReport, sync
+from ingest.__main__ import main
 from rag.errors import InputError, KnowledgeBaseError
 from rag.knowledge import KnowledgeBase
 from rag.settings import Settings
@@ -142,12 +143,19 @@ def test_a_failed_file_leaves_the_rest_and_is_told_by_the_exit_status(tmp_path: 
     assert ingest(tmp_path, "docs", "--json").code == 0
 
 
-def test_wrong_usage_ends_with_2(tmp_path: Path) -> None:
-    for arguments in (["missing"], ["--no-such-option"], ["--chunk-tokens", "1"], []):
-        outcome = ingest(tmp_path, *arguments)
-        assert outcome.code == 2, arguments
+def test_wrong_usage_ends_with_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["missing"], ["--no-such-option"], ["--chunk-tokens", "1"], ["--timeout", "0"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, "--kb", "kb"])
+        assert ended.value.code == 2, arguments
         assert not (tmp_path / "kb").exists()
-    assert "does not exist" in ingest(tmp_path, "missing").err
+    assert "limit seconds is 0.0" in capsys.readouterr().err
+    outcome = ingest(tmp_path)  # "knowledge", which isn't there
+    assert outcome.code == 2
+    assert "knowledge does not exist. Give a file or a folder" in outcome.err
 
 
 def test_report_dry_run_and_help(tmp_path: Path) -> None:
@@ -258,6 +266,17 @@ def test_several_folders_keep_apart_and_each_keeps_its_paths(tmp_path: Path) -> 
     (two / "a.txt").unlink()
     assert statuses(sync_words(tmp_path, one)) == {"a.txt": "unchanged"}
     assert statuses(sync_words(tmp_path, two)) == {"docs/a.txt": "deleted"}
+
+
+def test_a_subfolder_that_is_called_like_another_root_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "one" / "a.txt", "one")
+    write(tmp_path / "docs" / "a.txt", "two")
+    sync_words(tmp_path, tmp_path / "one")
+    sync_words(tmp_path, tmp_path / "docs")
+    write(tmp_path / "one" / "docs" / "a.txt", "three")
+    report = sync_words(tmp_path, tmp_path / "one")
+    assert statuses(report) == {"a.txt": "unchanged", "docs/a.txt": "skipped"}
+    assert KnowledgeBase.open(tmp_path / "kb").document("docs/a.txt").text == "two"
 
 
 def test_two_new_folders_of_one_name_get_different_prefixes(tmp_path: Path) -> None:
