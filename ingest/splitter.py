@@ -19,7 +19,7 @@ from rag.document import Chunk, Document
 
 CountTokens = Callable[[Sequence[str]], list[int]]
 
-VERSION = 1  # raised whenever the same document would be split otherwise
+VERSION = 2  # raised whenever the same document would be split otherwise
 
 # A section below the first share of the budget is joined with its neighbours while they stay below
 # the second: a chunk of many topics is found for none of them. On lay questions about a statute of
@@ -42,6 +42,12 @@ _SEPARATORS = [
     r"\s+",
     r"(?:[\s\S]{8})",  # text without a space: slices
 ]
+
+_SENTENCE = re.compile(_SEPARATORS[0])
+
+# Characters a token, beyond which no text is: a paragraph longer than so many times the budget is
+# cut without being counted first.
+_LONGEST = 24
 
 # What cutting before a unit costs, in chunks: nothing between paragraphs.
 _SENTENCE_COST = 0.15
@@ -112,7 +118,7 @@ def split_document(
     for section in sections:
         section.blocks = _read_blocks(document.text, section)
     blocks = [block for section in sections for block in section.blocks]
-    _count(document.text, blocks, count_tokens)
+    _count(document.text, blocks, count_tokens, longest=_LONGEST * chunk_tokens)
     places = sorted({(document.title, *section.path) for section in sections})
     place_tokens = dict(zip(places, count_tokens([" > ".join(p) for p in places]), strict=True))
 
@@ -239,10 +245,21 @@ def _add_visible(units: list[_Unit], text: str, start: int, end: int) -> None:
         units.append(_Unit(start, start + len(stripped)))
 
 
-def _count(text: str, units: Iterable[_Unit], count_tokens: CountTokens) -> None:
-    units = list(units)
-    counts = count_tokens([text[unit.start : unit.end] for unit in units]) if units else []
-    for unit, tokens in zip(units, counts, strict=True):
+def _count(
+    text: str, units: Iterable[_Unit], count_tokens: CountTokens, *, longest: int
+) -> None:
+    """Count the tokens of units of up to `longest` characters.
+
+    A longer one is above any budget and will be cut, so its pieces are counted instead; it gets
+    one token a character.
+    """
+    short: list[_Unit] = []
+    for unit in units:
+        unit.tokens = unit.end - unit.start
+        if unit.tokens <= longest:
+            short.append(unit)
+    counts = count_tokens([text[unit.start : unit.end] for unit in short]) if short else []
+    for unit, tokens in zip(short, counts, strict=True):
         unit.tokens = tokens
 
 
@@ -255,7 +272,7 @@ def _refine(
         if unit.tokens <= budget or not (cut := _cut_lines(text, unit)):
             lines.append(unit)
         else:
-            _count(text, cut, count_tokens)
+            _count(text, cut, count_tokens, longest=_LONGEST * budget)
             lines += cut
     refined: list[_Unit] = []
     glued = 0  # tokens of the headings that must share a chunk with the next unit
@@ -308,7 +325,8 @@ def _cut_sentences(
     from langchain_text_splitters import RecursiveCharacterTextSplitter
 
     body = text[unit.start : unit.end]
-    sentences = [piece for piece in re.split("(?<=[。！？；.!?;])", body) if piece]
+    ends = [match.end() for match in _SENTENCE.finditer(body)]
+    sentences = [body[i:j] for i, j in zip([0, *ends], [*ends, len(body)], strict=True) if i < j]
     counts = dict(zip(sentences, count_tokens(sentences), strict=True))
 
     def length(piece: str) -> int:
@@ -317,9 +335,15 @@ def _cut_sentences(
         # A piece of length 0 (white space) would be taken over into the next chunk as an overlap.
         return max(1, counts[piece])
 
-    pieces_needed = -(-unit.tokens // budget)
+    tokens_until = {0: 0}  # by offset in the paragraph, at the ends of sentences
+    position = tokens = 0
+    for sentence in sentences:
+        position += len(sentence)
+        tokens += counts[sentence]
+        tokens_until[position] = tokens
+    pieces_needed = max(1, -(-tokens // budget))
     # A little above the equal share: sentences seldom end just where it does.
-    target = min(budget, -(-unit.tokens // pieces_needed) * 115 // 100 + 1)
+    target = min(budget, -(-tokens // pieces_needed) * 115 // 100 + 1)
     splitter = RecursiveCharacterTextSplitter(
         separators=_SEPARATORS, is_separator_regex=True, keep_separator="end",
         chunk_size=target, chunk_overlap=0, length_function=length, strip_whitespace=False,
@@ -327,11 +351,16 @@ def _cut_sentences(
     pieces = splitter.split_text(body)
     assert "".join(pieces) == body, "the pieces of a paragraph must concatenate to it"
     units: list[_Unit] = []
-    position = unit.start
+    position = 0
     for piece in pieces:
-        _add_visible(units, text, position, position + len(piece))
-        position += len(piece)
-    _count(text, units, count_tokens)
+        start, position = position, position + len(piece)
+        before = len(units)
+        _add_visible(units, text, unit.start + start, unit.start + position)
+        for added in units[before:]:
+            if start in tokens_until and position in tokens_until:
+                added.tokens = tokens_until[position] - tokens_until[start]
+            else:
+                added.tokens = length(piece)
     for cut in units:
         cut.cost = _SENTENCE_COST
         cut.columns = unit.columns
