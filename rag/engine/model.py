@@ -86,7 +86,7 @@ class DecoderModel:
         self._inv_freq: torch.Tensor = decoder.rotary_emb.inv_freq.detach().float()
         self._rope_scale = float(decoder.rotary_emb.attention_scaling)
         # Blocks of queries keep the scores in the processor's cache; a GPU wants them larger.
-        self._query_block = 256 if self.device.type == "cpu" else 1024
+        self._query_block = 128 if self.device.type == "cpu" else 1024
         self._embedding: torch.Tensor = decoder.embed_tokens.weight.detach()
         self._norm: torch.Tensor = decoder.norm.weight.detach()
         head_bias = model.lm_head.bias.detach() if model.lm_head.bias is not None else None

@@ -104,7 +104,7 @@ class Passages:
         return tokens[: self.opening] + tokens[start:end]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)  # a row is itself, whatever another holds
 class Row:
     """A request on its way. `text` is prompt and output, `tokens` the run in work: the same, but
     for a passage of a block-diagonal prompt. The first `computed` of `tokens` have their keys and
