@@ -243,7 +243,7 @@ def test_padding_does_not_change_the_losses(tokenizer: PreTrainedTokenizerFast) 
         logits = reader.logits(batch.ids)[batch.target_rows, batch.target_columns]
         each = torch.nn.functional.cross_entropy(logits, batch.target_ids, reduction="none")
         weight = 1.0 + batch.first.float()
-        assert float(found.answer) == pytest.approx(float((each * weight).sum() / weight.sum()), abs=1e-4)
+        assert float(found.answer) == pytest.approx(((each * weight).sum() / weight.sum()).item(), abs=1e-4)
         losses.append((float(found.answer), float(found.pointer), float(found.sentence)))
     assert short.targets.shape == long.targets.shape  # so the mean of both weighs them alike
     assert losses[2] == pytest.approx(np.mean(losses[:2], 0), abs=1e-4)
@@ -270,6 +270,18 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(data: Path, tmp_path
         assert torch.equal(mine, theirs)
     for mine, theirs in zip(second.optimiser.average, whole.optimiser.average):
         assert torch.equal(mine, theirs)
+
+
+def test_examples_drawn_by_other_processes_are_the_same(data: Path, tmp_path: Path) -> None:
+    here = start(data, tmp_path / "here", "--steps", "1")
+    apart = start(data, tmp_path / "apart", "--steps", "1", "--draw-processes", "2")
+    for number in (0, 1):
+        mine, theirs = here.pools.take(number, 0), apart.pools.take(number, 0)
+        assert [len(batch) for batch in mine] == [len(batch) for batch in theirs]
+        for one, other in zip(sum(mine, []), sum(theirs, [])):
+            assert one.ids.tolist() == other.ids.tolist()
+    assert apart.pools.executor is not None
+    apart.pools.executor.shutdown(cancel_futures=True)
 
 
 def test_a_run_keeps_to_its_minutes_and_says_when_it_resumes(data: Path, tmp_path: Path) -> None:

@@ -513,9 +513,14 @@ def encode_example(
         at += len(f"<|passage|>[{number}] ")
         begins.append(at)
         at += len(text)
-    question_start = coded.char_to_token(at)
     if prompt[at : at + 12] != "<|question|>":
         return None  # something was neutralised; such a text is no use as an example
+
+    def token_at(character: int) -> int:
+        token = coded.char_to_token(character)
+        assert token is not None, "a special token stands there"
+        return int(token)
+
     ends: list[int] = []
     gold_sentence = IGNORED
     for n, text in enumerate(passages):
@@ -543,7 +548,7 @@ def encode_example(
         ):
             return None
         tail = tokenizer.encode(f" [{gold + 1}]<|end|>").ids  # " [", "n", "]", end
-        marker = coded.char_to_token(starts[gold] + len("<|passage|>["))
+        marker = token_at(starts[gold] + len("<|passage|>["))
         answer = ids[first_token : last_token + 1] + tail
         sources = list(range(first_token, last_token + 1))
         sources += [marker if token == ids[marker] else IGNORED for token in tail]
@@ -554,8 +559,8 @@ def encode_example(
         sources=np.array(sources, np.int32),
         sentence_ends=np.array(ends, np.int32),
         gold_sentence=gold_sentence,
-        passage_starts=tuple(coded.char_to_token(s) for s in starts),
-        question_start=question_start,
+        passage_starts=tuple(token_at(start) for start in starts),
+        question_start=token_at(at),
         blocks=blocks,
     )
 

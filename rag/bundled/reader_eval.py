@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,11 @@ from rag.bundled.reader_data import (
     Question,
     nearest_paragraphs,
     split_sentences,
+    words_of,
 )
 from rag.bundled.reader_model import block_mask, block_positions
 from rag.language import REFUSAL, Language, detect_language
-from rag.prompt import READER_TOKENS, reader_prompt
+from rag.prompt import reader_prompt
 
 BUNDLED = Path(__file__).parent / "reader"
 _MARKER = re.compile(r"\s*\[(\d+)\]\s*$")
@@ -71,11 +72,12 @@ class ReaderModel:
 
     def __init__(self, folder: Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
-        self.model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype or "auto")
-        self.model.to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype or "auto")
+        self.model: Any = model.to(device).eval()
         self.device = device
-        self.question_id, self.passage_id, _, _, self.end_id, _ = (
-            self.tokenizer.convert_tokens_to_ids(list(READER_TOKENS))
+        self.question_id, self.passage_id, self.end_id = (
+            self.tokenizer.convert_tokens_to_ids(token)
+            for token in ("<|question|>", "<|passage|>", "<|end|>")
         )
 
     @torch.inference_mode()
@@ -221,6 +223,24 @@ def with_passages(
     return made
 
 
+def cut_passages(asked: Asked, *, sentences: int) -> Asked:
+    """The question with each passage cut to the run of `sentences` that shares most with it.
+
+    A shared word weighs the more, the fewer sentences of the passages hold it. What the cut
+    leaves of a heading line is nothing: the sentences alone are read.
+    """
+    split = [[p[a:b] for a, b in split_sentences(p)] for p in asked.passages]
+    holds = Counter(word for lines in split for line in lines for word in set(words_of(line)))
+    wanted = set(words_of(asked.question))
+    passages = []
+    for lines in split:
+        scores = [sum(1 / holds[w] for w in wanted & set(words_of(line))) for line in lines]
+        runs = [sum(scores[n : n + sentences]) for n in range(max(1, len(lines) - sentences + 1))]
+        best = int(np.argmax(runs))
+        passages.append("".join(lines[best : best + sentences]).strip())
+    return replace(asked, passages=tuple(passages))
+
+
 def measure(
     reader: ReaderModel, asked: Sequence[Asked], *, blocks: bool = False
 ) -> tuple[dict[str, float], list[Said]]:
@@ -330,6 +350,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, default=BUNDLED, help="folder of the reader")
     parser.add_argument("--questions", type=int, default=300, help="drawn from each set")
     parser.add_argument("--passages", type=int, default=4)
+    parser.add_argument(
+        "--sentences", type=int, default=0, help="cut each passage to so many sentences; 0 keeps it"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
@@ -352,6 +375,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asked += with_passages(
             collection, every, of_drawn, rng=rng, count=options.passages, answerable=False
         )
+        if options.sentences:
+            asked = [cut_passages(a, sentences=options.sentences) for a in asked]
         for layout in options.layouts:
             scores, said = measure(reader, asked, blocks=layout == "blocks")
             results[f"{name}/{layout}"] = scores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def draw_curve(
-    series: dict[str, Sequence[tuple[float, float]]], *, title: str, x_label: str
+    series: Mapping[str, Sequence[tuple[float, float]]], *, title: str, x_label: str
 ) -> str:
     """A line chart as SVG text; `series` maps a name to its points. The y axis starts at 0."""
     width, height, left, top, right, bottom = 760, 360, 50, 40, 150, 40

@@ -117,7 +117,7 @@ class Attention(nn.Module):
         D = self.head_dim
         weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
         qkv = F.linear(x, weight)
-        qk, v = qkv.split([(self.heads + self.kv_heads) * D, self.kv_heads * D], dim=-1)
+        qk, v = torch.split(qkv, [(self.heads + self.kv_heads) * D, self.kv_heads * D], dim=-1)
         qk = qk.view(B, T, self.heads + self.kv_heads, D)
         scale = torch.cat(
             [
@@ -126,7 +126,7 @@ class Attention(nn.Module):
             ]
         )
         qk = rotate(F.rms_norm(qk, (D,), None, EPS) * scale, rotation).transpose(1, 2)
-        q, k = qk.split([self.heads, self.kv_heads], dim=1)
+        q, k = torch.split(qk, [self.heads, self.kv_heads], dim=1)
         v = v.view(B, T, self.kv_heads, D).transpose(1, 2)  # (B, H, T, D)
         if self.heads != self.kv_heads:
             times = self.heads // self.kv_heads
@@ -177,8 +177,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     if mask is None:
         mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
-    return scores.masked_fill(~mask, -1e4).softmax(-1) @ v
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(2, 3))
+    return torch.matmul(scores.masked_fill(~mask, -1e4).softmax(-1), v)
 
 
 class FeedForward(nn.Module):
@@ -192,7 +192,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = F.linear(x, torch.cat([self.gate_proj.weight, self.up_proj.weight])).chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up)
+        return F.linear(F.silu(gate) * up, self.down_proj.weight)
 
 
 class Layer(nn.Module):
@@ -208,7 +208,8 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         attended, q, k = self.self_attn(self.input_layernorm(x), rotation, mask)
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), q, k
+        mixed: Tensor = self.mlp(self.post_attention_layernorm(x))
+        return x + mixed, q, k
 
     def answer(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, columns: Tensor
@@ -218,7 +219,8 @@ class Layer(nn.Module):
         attended, q, k = self.self_attn.answer(self.input_layernorm(x), rotation, mask, columns)
         B, T, C = x.shape
         x = x.gather(1, columns[..., None].expand(*columns.shape, C)) + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), q, k
+        mixed: Tensor = self.mlp(self.post_attention_layernorm(x))
+        return x + mixed, q, k
 
 
 # dimensions of the residual stream that embeddings leave free, and what the first of them say
@@ -236,6 +238,11 @@ class Body(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = Norm(config.hidden_size)
+
+    @property
+    def stack(self) -> list[Layer]:
+        """The layers from the first to the last."""
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -315,7 +322,7 @@ class Reader(nn.Module):
                     nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
                 if name.endswith(("o_proj.weight", "down_proj.weight", "_head.weight")):
                     parameter.mul_(0.03)
-            for layer in self.model.layers:
+            for layer in self.model.stack:
                 attention = layer.self_attn
                 rows_kept = config.head_dim * max(1, config.num_key_value_heads // 2)
                 attention.k_proj.weight[:rows_kept] = attention.q_proj.weight[:rows_kept]
@@ -349,7 +356,7 @@ class Reader(nn.Module):
         kv = min(1, config.num_key_value_heads - 1)
         head = kv * (config.num_attention_heads // config.num_key_value_heads)
 
-        def parts(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        def parts(layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             """Views of head 1's queries, keys, values (D, C) and outputs (C, D), set to zero."""
             attention = layer.self_attn
             views = (
@@ -363,7 +370,7 @@ class Reader(nn.Module):
             return views
 
         # which part of the prompt: attend to the special tokens before
-        q, k, v, o = parts(self.model.layers[0])
+        q, k, v, o = parts(self.model.stack[0])
         q[flag, CONSTANT] = 0.8
         k[flag, QUESTION] = k[flag, PASSAGE] = 1.0
         k[other, CONSTANT] = 0.5
@@ -371,7 +378,7 @@ class Reader(nn.Module):
         o[BEGUN, 0] = 0.05  # about 0.25 in the first passage, 0 in the first question
 
         # matching: the same projection of queries and keys, first-question keys preferred
-        q, k, v, o = parts(self.model.layers[1])
+        q, k, v, o = parts(self.model.stack[1])
         project = torch.empty(len(slow), C - RESERVED)
         nn.init.orthogonal_(project)
         q[slow, RESERVED:] = project
@@ -382,7 +389,7 @@ class Reader(nn.Module):
         v[0, CONSTANT] = 1.0
         v[0, BEGUN] = -1.0
         o[MATCHED, 0] = 0.1
-        self.model.layers[1].self_attn.q_norm.weight.fill_(3.0)
+        self.model.stack[1].self_attn.q_norm.weight.fill_(3.0)
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines for positions (B, T). Returns two tensors (B, T, 1, D)."""
@@ -406,15 +413,16 @@ class Reader(nn.Module):
             positions = torch.arange(x.shape[1], device=x.device)[None]
         rotation = self.rotation(positions)
         inputs, heads = [], []
-        last = len(self.model.layers) - 1
-        for number, layer in enumerate(self.model.layers):
+        last = len(self.model.stack) - 1
+        for number, layer in enumerate(self.model.stack):
             inputs.append(x)
             if number == last and columns is not None:
                 x, q, k = layer.answer(x, rotation, mask, columns)
             else:
                 x, q, k = self.run_layer(layer, x, rotation, mask)
             heads.append((q, k))
-        return self.model.norm(x), inputs, heads
+        final: Tensor = self.model.norm(x)
+        return final, inputs, heads
 
     def hidden(
         self, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None
@@ -486,9 +494,9 @@ class Reader(nn.Module):
         # which sentence
         sentence = answer.new_zeros(())
         if batch.sentence_ends.shape[1]:
-            at = max(0, self.config.num_hidden_layers - 2)
+            deep = max(0, self.config.num_hidden_layers - 2)
             each_row = torch.arange(len(batch.ids), device=batch.ids.device)[:, None]
-            ends = F.rms_norm(inputs[at][each_row, batch.sentence_ends], (x.shape[-1],))
+            ends = F.rms_norm(inputs[deep][each_row, batch.sentence_ends], (x.shape[-1],))
             scores = self.sentence_head(ends)[..., 0].float()  # (B, S)
             scores = scores.masked_fill(~batch.sentence_kept, -1e9)
             none = self.no_sentence.float().expand(len(scores), 1)
@@ -553,7 +561,8 @@ def block_mask(
     causal = np.tril(np.ones((length, length), bool))
     same = owner[:, None] == owner[None]
     asks = owner[:, None] > len(passage_starts)
-    return causal & (same | asks | (owner[None] == 0))
+    allowed: NDArray[np.bool_] = causal & (same | asks | (owner[None] == 0))
+    return allowed
 
 
 def shared_tokens(example: Example, weights: NDArray[np.float32]) -> NDArray[np.float32]:

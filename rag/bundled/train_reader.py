@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -17,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,7 @@ class Options:
     calibration_questions: int
     export_only: bool
     compile: bool
+    draw_processes: int
 
 
 # --- optimiser ----------------------------------------------------------------------------------
@@ -110,7 +113,8 @@ def orthogonalise(matrices: Tensor, *, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = x @ x.transpose(1, 2)
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.transpose(1, 2) if tall else x
+    found: Tensor = x.transpose(1, 2) if tall else x
+    return found
 
 
 class Optimiser:
@@ -273,7 +277,7 @@ class Workers:
                         sentence_weight=sentence_weight,
                         match_weight=match_weight,
                     )
-                    (losses.total / len(batches)).backward()
+                    torch.autograd.backward(losses.total / len(batches))
                     done[n] = replace(losses, total=losses.total.detach())
                     assert rows.grad is not None, "every batch reads its embeddings"
                     touched.append((batch.candidates, rows.grad))
@@ -299,7 +303,8 @@ class Workers:
             for part in parts:
                 gradient += part
             gradients.append(gradient)
-        rows, places = torch.cat([ids for ids, _ in touched]).unique(return_inverse=True)
+        occurred = torch.cat([ids for ids, _ in touched])
+        rows, places = torch.unique(occurred, return_inverse=True)
         row_gradients = torch.zeros(len(rows), touched[0][1].shape[1], device=rows.device)
         row_gradients.index_add_(0, places, torch.cat([g.float() for _, g in touched]))
         return gradients, (rows, row_gradients), [losses for losses in done if losses is not None]
@@ -407,10 +412,94 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0  # of training, over all sittings
     copied: bool = False
-    pool_state: Any = None  # the random generators' states before the pool was drawn
+    pool: int = -1  # number of the pool in use; its examples follow from it and the seed
     pool_stage: int = -1
-    pool_used: int = 0
+    pool_used: int = 0  # micro-batches of it
     history: tuple[tuple[float, ...], ...] = ()
+
+
+class PoolMaker:
+    """Draws the examples of several steps at once, cut into micro-batches of like length.
+
+    A pool follows from the seed and its number alone: drawn by another process, or again after
+    an interruption, it is the same.
+    """
+
+    def __init__(
+        self, maker: ExampleMaker, *, seed: int, tokens: int, micro_tokens: int, vocab_size: int
+    ) -> None:
+        self.maker = maker
+        self.seed = seed
+        self.tokens, self.micro_tokens = tokens, micro_tokens
+        self.vocab_size = vocab_size
+
+    def draw(self, number: int, stage: int) -> list[list[Example]]:
+        """The micro-batches of pool `number`; stage -1 is copying, others are those of PLAN."""
+        rng = self.maker.rng = random.Random(f"{self.seed} {number}")
+        examples: list[Example] = []
+        held = 0
+        while held < self.tokens:
+            example = self._copying(rng) if stage < 0 else self.maker.draw(PLAN[stage][1])
+            examples.append(example)
+            held += len(example.ids)
+        examples.sort(key=lambda e: len(e.ids))
+        batches: list[list[Example]] = [[]]
+        for example in examples:
+            if (len(batches[-1]) + 1) * len(example.ids) > self.micro_tokens and batches[-1]:
+                batches.append([])
+            batches[-1].append(example)
+        rng.shuffle(batches)
+        return batches
+
+    def _copying(self, rng: random.Random) -> Example:
+        language: Language = "zh" if rng.random() < 0.4 else "en"
+        paragraph = rng.choice(rng.choice(self.maker.plain[language]))
+        ids = np.array(self.maker.tokenizer.encode(paragraph.text).ids, np.int32)
+        length = rng.randint(COPY_TOKENS // 3, COPY_TOKENS)
+        return copying_example(rng, ids, vocab_size=self.vocab_size, length=length)
+
+
+_kept_maker: PoolMaker | None = None  # of a drawing process
+
+
+def _keep_maker(maker: PoolMaker) -> None:
+    global _kept_maker
+    _kept_maker = maker
+
+
+def _draw_pool(number: int, stage: int) -> list[list[Example]]:
+    assert _kept_maker is not None, "the process was started without its maker"
+    return _kept_maker.draw(number, stage)
+
+
+class PoolQueue:
+    """Pools in order, `processes` of them drawn ahead; with 0, each when it is asked for."""
+
+    def __init__(self, maker: PoolMaker, processes: int) -> None:
+        self.maker = maker
+        self.processes = processes
+        self.drawing: dict[tuple[int, int], Future[list[list[Example]]]] = {}
+        self.executor: ProcessPoolExecutor | None = None
+        if processes:
+            # forked, so that the texts in memory are shared and not sent
+            self.executor = ProcessPoolExecutor(
+                processes,
+                mp_context=multiprocessing.get_context("fork"),
+                initializer=_keep_maker,
+                initargs=(maker,),
+            )
+
+    def take(self, number: int, stage: int) -> list[list[Example]]:
+        """Pool `number` for `stage`."""
+        if self.executor is None:
+            return self.maker.draw(number, stage)
+        for ahead in range(number, number + 2 * self.processes):
+            if (ahead, stage) not in self.drawing:
+                future = self.executor.submit(_draw_pool, ahead, stage)
+                self.drawing[ahead, stage] = future
+        for key in [key for key in self.drawing if key[0] < number]:
+            self.drawing.pop(key).cancel()
+        return self.drawing.pop((number, stage)).result()
 
 
 class Training:
@@ -431,15 +520,31 @@ class Training:
         )
         collections = prepare_collections(options.data, options.work, limit=options.limit)
         self.held = {language: pair[1] for language, pair in collections.items()}
-        self.rng = random.Random(options.seed)
-        self.numpy_rng = np.random.default_rng(options.seed)
-        self.plain = prepare_plain(options.data, options.work, megabytes=options.megabytes)
+        plain = prepare_plain(options.data, options.work, megabytes=options.megabytes)
         self.maker = ExampleMaker(
             self.tokenizer,
             {language: pair[0] for language, pair in collections.items()},
-            self.plain,
-            rng=self.rng,
+            plain,
+            rng=random.Random(options.seed),
         )
+        # several small ones a core, so that none waits long for a core that others use too
+        self.micro_batches = (
+            1
+            if self.device.type == "cuda"
+            else max(options.threads, options.tokens_per_step // MICRO_TOKENS)
+        )
+        self.pools = PoolQueue(
+            PoolMaker(
+                self.maker,
+                seed=options.seed,
+                tokens=options.tokens_per_step * 8,
+                micro_tokens=options.tokens_per_step // self.micro_batches,
+                vocab_size=self.config.vocab_size,
+            ),
+            options.draw_processes,
+        )
+        self.pool: list[list[Example]] = []
+        self.progress = Progress()
         self.token_weights = self._token_weights()
         self.reader = Reader(self.config)
         self.reader.reset(vectors)
@@ -449,15 +554,6 @@ class Training:
         )
         count = options.threads if options.device == "cpu" else 1
         self.workers = Workers(self.reader, count, compiled=options.compile)
-        # several small ones a core, so that none waits long for a core that others use too
-        self.micro_batches = (
-            1
-            if self.device.type == "cuda"
-            else max(options.threads, options.tokens_per_step // MICRO_TOKENS)
-        )
-        self.progress = Progress()
-        self.pool: list[list[Example]] = []
-
     # examples
 
     def _token_weights(self) -> NDArray[np.float32]:
@@ -470,56 +566,27 @@ class Training:
                 drawn += 1
         weights = np.log((drawn + 1) / seen) / np.log(drawn + 1)
         weights[: len(READER_TOKENS)] = 0.0
-        return weights.astype(np.float32)
-
-    def _fill_pool(self, stage: int) -> None:
-        """Draw the examples of the next steps and cut them into micro-batches of like length."""
-        self.progress.pool_state = (self.rng.getstate(), self.numpy_rng.bit_generator.state)
-        self.progress.pool_stage = stage
-        self.progress.pool_used = 0
-        micro = self.options.tokens_per_step // self.micro_batches
-        wanted = self.options.tokens_per_step * 8
-        examples: list[Example] = []
-        held = 0
-        while held < wanted:
-            if stage < 0:
-                example = self._copying()
-            else:
-                example = self.maker.draw(PLAN[stage][1])
-            examples.append(example)
-            held += len(example.ids)
-        examples.sort(key=lambda e: len(e.ids))
-        batches: list[list[Example]] = [[]]
-        for example in examples:
-            if (len(batches[-1]) + 1) * len(example.ids) > micro and batches[-1]:
-                batches.append([])
-            batches[-1].append(example)
-        self.rng.shuffle(batches)
-        self.pool = batches
-
-    def _copying(self) -> Example:
-        language: Language = "zh" if self.rng.random() < 0.4 else "en"
-        document = self.rng.choice(self.plain[language])
-        ids = np.array(self.tokenizer.encode(self.rng.choice(document).text).ids, np.int32)
-        length = self.rng.randint(COPY_TOKENS // 3, COPY_TOKENS)
-        return copying_example(self.rng, ids, vocab_size=self.config.vocab_size, length=length)
+        return np.asarray(weights, np.float32)
 
     def _next_batches(self, stage: int) -> list[Batch]:
-        if stage != self.progress.pool_stage or self.progress.pool_used >= len(self.pool):
-            self._fill_pool(stage)
-        first = self.progress.pool_used
+        progress = self.progress
+        if stage != progress.pool_stage or progress.pool_used >= len(self.pool):
+            progress.pool += 1
+            progress.pool_stage, progress.pool_used = stage, 0
+            self.pool = self.pools.take(progress.pool, stage)
+        first = progress.pool_used
         taken = self.pool[first : first + self.micro_batches]
-        self.progress.pool_used = first + len(taken)
+        progress.pool_used = first + len(taken)
         return [
             collate(
                 examples,
                 device=self.device,
-                rng=self.numpy_rng,
+                rng=np.random.default_rng([self.options.seed, progress.pool, first + n]),
                 vocab_size=self.config.vocab_size,
                 weights=self.token_weights,
                 others=1024 if self.device.type == "cuda" else 256,
             )
-            for examples in taken
+            for n, examples in enumerate(taken)
         ]
 
     # state
@@ -533,8 +600,6 @@ class Training:
         state = {
             "optimiser": self.optimiser.state(),
             "progress": {name: getattr(self.progress, name) for name in Progress.__slots__},
-            "rng": self.rng.getstate(),
-            "numpy_rng": self.numpy_rng.bit_generator.state,
             "size": self.options.size,
         }
         part = self.checkpoint.with_suffix(".part")
@@ -546,15 +611,8 @@ class Training:
         state = torch.load(self.checkpoint, weights_only=False, map_location=self.device)
         self.optimiser.load(state["optimiser"])
         self.progress = Progress(**state["progress"])
-        if self.progress.pool_state is not None:
-            # draw the pool again as it was, then set the generators to where they stood
-            used = self.progress.pool_used
-            self.rng.setstate(self.progress.pool_state[0])
-            self.numpy_rng.bit_generator.state = self.progress.pool_state[1]
-            self._fill_pool(self.progress.pool_stage)
-            self.progress.pool_used = used
-        self.rng.setstate(state["rng"])
-        self.numpy_rng.bit_generator.state = state["numpy_rng"]
+        if self.progress.pool >= 0:
+            self.pool = self.pools.take(self.progress.pool, self.progress.pool_stage)
 
     def export(self, *, calibration_questions: int = 150) -> None:
         """Write the averaged weights to `out` as a model folder, with its calibration and facts."""
@@ -704,6 +762,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> tuple[Options, bool
     )
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="compile the layer"
+    )
+    parser.add_argument(
+        "--draw-processes",
+        type=int,
+        default=8 if torch.cuda.is_available() else 0,
+        help="processes that draw examples ahead; 0 draws them in between",
     )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     chosen = parser.parse_args(arguments)
