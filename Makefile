@@ -3,7 +3,10 @@
 # make lint    ruff and mypy
 # make clean   remove the virtual environment and the knowledge base
 
-PYTHON ?= python3
+# The first of these that is new enough.
+PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+  $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && exit; \
+  done; echo python3)
 VENV   ?= .venv
 KB     ?= .kb
 
@@ -13,7 +16,7 @@ KB     ?= .kb
 # A stamp for each set of packages, so that a second call goes straight on.
 $(VENV)/.python: Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "This needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1 || echo missing)."; \
+	  echo "This needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo not there)."; \
 	  echo "Name another one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV) || { \
 	  echo "The virtual environment was not made. On Debian and Ubuntu: apt install python3-venv"; \

@@ -15,7 +15,7 @@ if _REPOSITORY not in sys.path:  # run from a checkout that is not installed
 
 import streamlit as st  # noqa: E402
 
-from app import chat_page, knowledge_page, session, sidebar  # noqa: E402
+from app import chat_page, inside_page, knowledge_page, session, sidebar  # noqa: E402
 from app.access import is_local  # noqa: E402
 from app.markup import notice_html  # noqa: E402
 from app.session import say  # noqa: E402
@@ -40,6 +40,9 @@ def main() -> None:
         st.Page(
             knowledge_page.show, title=say("knowledge"), icon=":material/folder_open:",
             url_path="knowledge",
+        ),
+        st.Page(
+            inside_page.show, title=say("inside"), icon=":material/neurology:", url_path="inside"
         ),
     ]
     page = st.navigation(pages, position="hidden")

@@ -9,6 +9,7 @@ import streamlit as st
 
 from app.access import PasswordGate
 from app.conversations import Conversation, ConversationStore
+from app.inside import Inspector
 from app.jobs import Desk
 from app.models import ModelStore
 from app.syncing import SyncDesk
@@ -32,6 +33,12 @@ def desk() -> Desk:
 @st.cache_resource(show_spinner=False)
 def sync_desk() -> SyncDesk:
     return SyncDesk()
+
+
+@st.cache_resource(show_spinner=False, max_entries=1)
+def inspector(name: str) -> Inspector:
+    """The copy of the model that shows its attention; one at a time."""
+    return Inspector(name)
 
 
 @st.cache_resource(show_spinner=False)
