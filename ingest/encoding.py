@@ -29,6 +29,13 @@ _COMMON = frozenset(
     "這來國個說們為時會過學對裡後還發見經頭長樣現將與進實點種聲話問開動兩從無當麼沒應該請單據"
 )
 _KANA = re.compile(r"[\u3041-\u3096\u30a1-\u30fa\u30fc]")
+_BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
+_WESTERN = re.compile(
+    r"(?<![^\x00-\x7f])(?:[àâäáãåæçéèêëíìîïñóòôöõøúùûüýÿßœžšð]|[ÀÂÄÁÃÅÆÇÉÈÊËÍÎÏÑÓÔÖÕØÚÙÛÜ](?=[a-zA-Z' ])"
+    r"|[“”‘’–—…«»°§©®€£º¿¡](?=[\sA-Za-z0-9.,]|$))"
+)
+_HANGUL = re.compile(r"[\uac00-\ud7a3]")
+_HANGUL_WORDS = re.compile(r"[\uac00-\ud7a3] [\uac00-\ud7a3]")
 _HAN = re.compile(r"[\u4e00-\u9fff]")
 _CONTROL_BYTES = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b"))
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\x9f\ufffd\ue000-\uf8ff]")
@@ -108,28 +115,41 @@ def _utf8_share(data: bytes) -> float:
     return good / max(1, good + bad)
 
 
+# What charset-normalizer may answer: the encodings that files on people's disks are in.
+_LIKELY = [
+    "gb18030", "big5hkscs", "cp932", "euc_jp", "cp949", "cp1250", "cp1251", "cp1252", "cp1253",
+    "cp1254", "cp1255", "cp1256", "cp1257", "cp1258", "koi8_r", "cp874", "cp437", "cp850", "mac_roman",
+]
+
+
 def _guess(sample: bytes) -> str:
+    western = _decode_sample(sample, "cp1252")
+    if western is not None and _is_western(western):
+        return "cp1252"
     scores = {
         encoding: _plausibility(text)
         for encoding in ("gb18030", "big5hkscs", "cp932")
         if (text := _decode_sample(sample, encoding)) is not None
     }
-    if _is_single_byte(sample):
-        scores = {}
-    if scores:
-        best = max(scores, key=lambda encoding: scores[encoding])
-        if scores[best] >= _MIN_PLAUSIBLE:
-            return best
+    korean = _decode_sample(sample, "cp949")
+    if korean is not None and _is_korean(korean):
+        return "cp949"
+    if scores and max(scores.values()) >= _MIN_PLAUSIBLE:
+        return max(scores, key=lambda encoding: scores[encoding])
     from charset_normalizer import from_bytes
 
-    match = from_bytes(sample).best()
+    match = from_bytes(sample, cp_isolation=_LIKELY).best()
     found = match.encoding if match is not None else "cp1252"
-    if scores and not found.startswith(("cp125", "iso8859", "latin", "koi8", "mac")):
+    if found in scores:
         return max(scores, key=lambda encoding: scores[encoding])
-    western = _decode_sample(sample, "cp1252")
-    if western is not None and _is_western(western):
-        return "cp1252"
     return found
+
+
+def _is_korean(text: str) -> bool:
+    """Nearly all of it Hangul, in words: Chinese read as Korean has neither."""
+    hangul = len(_HANGUL.findall(text))
+    han = len(_HAN.findall(text))
+    return hangul >= 4 and hangul >= 0.95 * (hangul + han) and bool(_HANGUL_WORDS.search(text))
 
 
 def _decode_sample(sample: bytes, encoding: str) -> str | None:
@@ -142,18 +162,11 @@ def _decode_sample(sample: bytes, encoding: str) -> str | None:
     return None
 
 
-def _is_single_byte(sample: bytes) -> bool:
-    """Accented letters stand alone between ASCII letters; double-byte characters come in pairs."""
-    runs = re.findall(rb"[\x80-\xff]+", sample)
-    return bool(runs) and sum(len(run) == 1 for run in runs) > 0.7 * len(runs)
-
-
 def _is_western(text: str) -> bool:
-    letters = sum(character.isalpha() for character in text if character > "\x7f")
-    others = sum(not character.isalpha() for character in text if character > "\x7f")
-    words = re.findall(r"[^\W\d_]+", text)
-    mixed = sum(any(c > "\x7f" for c in word) and any(c <= "\x7f" for c in word) for word in words)
-    return letters + others < 0.3 * len(text) and (mixed > 0 or others > 0)
+    """Whether the characters beyond ASCII are those of Western words, and stand between letters."""
+    beyond = _BEYOND_ASCII.findall(text)
+    usual = len(_WESTERN.findall(text))
+    return bool(beyond) and usual >= 0.8 * sum(map(len, beyond))
 
 
 def _plausibility(text: str) -> float:

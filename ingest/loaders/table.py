@@ -66,14 +66,20 @@ class XlsxLoader:
         try:
             book = openpyxl.load_workbook(file, read_only=True, data_only=True)
         except Exception as error:  # the library raises KeyError, ValueError, BadZipFile, ...
-            raise LoadError(f"this is not an Excel workbook, or it is damaged: {error}") from error
+            raise LoadError(
+                f"this is not an Excel workbook, or it is damaged: {clean_line(str(error))}"
+            ) from error
         builder = DocumentBuilder()
-        sheets = [sheet for sheet in book.worksheets if sheet.sheet_state == "visible"]
-        for sheet in sheets:
-            rows = [[_show(value) for value in row] for row in sheet.iter_rows(values_only=True)]
-            if any(any(row) for row in rows):
-                builder.add_heading(1, sheet.title)
-                add_records(builder, rows, level=2)
+        try:
+            for sheet in book.worksheets:
+                if sheet.sheet_state != "visible":
+                    continue
+                rows = [[_show(value) for value in row] for row in sheet.iter_rows(values_only=True)]
+                if any(any(row) for row in rows):
+                    builder.add_heading(1, sheet.title)
+                    add_records(builder, rows, level=2)
+        except Exception as error:  # a sheet is read only now, and may be damaged like the book
+            raise LoadError(f"a sheet of it is damaged: {clean_line(str(error))}") from error
         title = clean_line(book.properties.title or "")
         book.close()
         return builder.build(path, self.media_type, title=title)
