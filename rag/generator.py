@@ -549,7 +549,8 @@ def _load_model(folder: Path, name: str, dtype: Any) -> Any:
     from transformers.utils import logging
 
     shows_progress = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # it would stand in the middle of a command's output
+    # It would stand in the middle of a command's output.
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -565,7 +566,7 @@ def _load_model(folder: Path, name: str, dtype: Any) -> Any:
         ) from error
     finally:
         if shows_progress:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would go on with random weights in their place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -176,17 +177,46 @@ def test_requests_that_cannot_run_are_refused_at_once(make_engine: Maker) -> Non
         engine.generate([Request("a", PROMPT, 5, Sampling(temperature=-1))])
 
 
-def test_create_engine_runs_any_causal_lm() -> None:
-    for family, changes in (
-        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}),
-    ):
-        from transformers import AutoConfig, AutoModelForCausalLM
+OTHERS: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 16},  # softcap, two kinds of layers
+    "phi3": {},
+    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512},
+    "gpt_neox": {},
+    "starcoder2": {"sliding_window": 16},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+}
 
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(family, vocab_size=408, initializer_range=0.3, **changes)
-        other = AutoModelForCausalLM.from_config(config).float().eval()
-        engine = create_engine(other, context_length=256)
-        run(engine, PROMPT[:40])
-        tokens, finish = run(engine, PROMPT)
-        assert tokens == reference(other, PROMPT)
-        assert finish.reused_tokens == 40
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_run_their_own_forward_over_the_pool(family: str) -> None:
+    model = make_random_model(family, **OTHERS[family])
+    prompts = [PROMPT, PROMPT[:33], (*PROMPT[:50], *PROMPT[10:20])]
+    expected = {str(n): reference(model, prompt, 12) for n, prompt in enumerate(prompts)}
+    engine = create_engine(model, context_length=256)
+    assert "over the pool" in engine.description
+    run(engine, PROMPT[:40])
+    requests = [Request(str(n), prompt, 12) for n, prompt in enumerate(prompts)]
+    found: dict[str, list[int]] = {}
+    reused = {}
+    for event in engine.generate(requests):
+        if isinstance(event, TokenEvent):
+            found.setdefault(event.request_id, []).append(event.token_id)
+        else:
+            reused[event.request_id] = event.reused_tokens
+    assert found == expected
+    assert reused["0"] == 40 and reused["1"] == 32 and reused["2"] >= 40
+
+
+def test_what_the_pool_cannot_serve_goes_slot_by_slot_or_is_refused() -> None:
+    sinks = make_random_model("gpt_oss", num_local_experts=4, sliding_window=16)
+    engine = create_engine(sinks, context_length=256)
+    assert "its attention takes s_aux" in engine.description
+    assert run(engine, PROMPT)[0] == reference(sinks, PROMPT)
+    bloom = make_random_model("bloom", n_layer=2, n_head=4)
+    engine = create_engine(bloom, context_length=256)
+    assert "its forward takes no positions" in engine.description
+    run(engine, PROMPT[:40])
+    tokens, finish = run(engine, PROMPT)
+    assert (tokens, finish.reused_tokens) == (reference(bloom, PROMPT), 40)
+    with pytest.raises(GeneratorError, match="a way of its own"):
+        create_engine(make_random_model("mamba"), context_length=256)

@@ -39,6 +39,7 @@ def create_engine(
     from rag.engine.model import DecoderModel, why_unsupported
     from rag.engine.scheduler import PooledEngine
     from rag.engine.slots import SlotEngine
+    from rag.engine.transformers_model import TransformersModel, Unsupported
     from rag.errors import GeneratorError
 
     config = model.config.get_text_config(decoder=True)
@@ -47,13 +48,18 @@ def create_engine(
     if kv_tokens is None:
         kv_tokens = 4 * context_length
     reason = why_unsupported(model)
+    pooled: DecoderModel | TransformersModel
     if reason is None:
-        decoder = DecoderModel(model, release=release, int8=int8)
-        return PooledEngine(decoder, context_length=context_length, kv_tokens=kv_tokens)
+        pooled = DecoderModel(model, release=release, int8=int8)
+        return PooledEngine(pooled, context_length=context_length, kv_tokens=kv_tokens)
     if int8:
         raise GeneratorError(
             f"8-bit weights need the engine's own forward, and {reason}. Choose another dtype."
         )
-    return SlotEngine(
-        model, context_length=context_length, kv_tokens=kv_tokens, reason=f" ({reason})"
-    )
+    try:
+        pooled = TransformersModel(model)
+    except Unsupported as why:
+        return SlotEngine(
+            model, context_length=context_length, kv_tokens=kv_tokens, reason=f" ({why})"
+        )
+    return PooledEngine(pooled, context_length=context_length, kv_tokens=kv_tokens)

@@ -264,33 +264,42 @@ def _clip(part: Part, first: int) -> Part | None:
 
 
 def attend(
-    queries: torch.Tensor, pool: KVPool, layer: int, groups: Sequence[Group]
+    queries: torch.Tensor,
+    pool: KVPool,
+    layer: int,
+    groups: Sequence[Group],
+    *,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Attention output for queries (kv heads, tokens, heads of a group, head dim), scaled already.
 
-    Returns the same shape.
+    With `softcap` scores are bent to softcap x tanh(score / softcap). Returns the same shape.
     """
     out = torch.empty_like(queries)
     for group in groups:
         asked = queries[:, group.begin : group.end]
         written = out[:, group.begin : group.end]
         if len(group.parts) == 1 and group.parts[0].length == group.width:
-            written.copy_(_attend_one(asked, pool, layer, group))
+            written.copy_(_attend_one(asked, pool, layer, group, softcap))
         else:
-            written.copy_(_attend_many(asked, pool, layer, group))
+            written.copy_(_attend_many(asked, pool, layer, group, softcap))
     return out
 
 
-def _attend_one(queries: torch.Tensor, pool: KVPool, layer: int, group: Group) -> torch.Tensor:
+def _attend_one(
+    queries: torch.Tensor, pool: KVPool, layer: int, group: Group, softcap: float | None
+) -> torch.Tensor:
     """All tokens of the group read the same slots."""
     part = group.parts[0]
     scores = _scores(queries, pool.keys(layer, part.slot, part.slot + part.length))
-    probabilities = _masked_softmax(scores, group).flatten(1, 2)
+    probabilities = _masked_softmax(scores, group, softcap).flatten(1, 2)
     values = pool.values(layer, part.slot, part.slot + part.length)
     return torch.bmm(probabilities, values).view(queries.shape)
 
 
-def _attend_many(queries: torch.Tensor, pool: KVPool, layer: int, group: Group) -> torch.Tensor:
+def _attend_many(
+    queries: torch.Tensor, pool: KVPool, layer: int, group: Group, softcap: float | None
+) -> torch.Tensor:
     """Parts and tails beside one another in one matrix of scores."""
     kv_heads, count, heads, _ = queries.shape
     # Columns that nobody writes are covered by the mask.
@@ -303,7 +312,7 @@ def _attend_many(queries: torch.Tensor, pool: KVPool, layer: int, group: Group) 
         )
     if group.tails is not None:
         _write_tail_scores(scores, queries, pool, layer, group.tails)
-    probabilities = _masked_softmax(scores, group)
+    probabilities = _masked_softmax(scores, group, softcap)
     # Sums of several products: rounded once, at the end.
     mixed = torch.zeros(queries.shape, dtype=torch.float32, device=queries.device)
     for part in group.parts:
@@ -367,8 +376,10 @@ def _add_tail_values(
         mixed += by_token
 
 
-def _masked_softmax(scores: torch.Tensor, group: Group) -> torch.Tensor:
+def _masked_softmax(scores: torch.Tensor, group: Group, softcap: float | None) -> torch.Tensor:
     """Over the last dimension of (kv heads, tokens, heads, width); changes `scores`."""
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
     if group.mask is not None:
         scores[..., group.mask_from :].masked_fill_(group.mask, _NEVER)
     return scores.softmax(-1)

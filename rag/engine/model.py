@@ -172,10 +172,8 @@ class DecoderModel:
         )
         ordered = [chunks[index] for index in plan.order]
         tokens = [token for chunk in ordered for token in chunk.tokens]
-        positions = [
-            chunk.position + chunk.turn + n for chunk in ordered for n in range(len(chunk.tokens))
-        ]
-        slots = self._slots(ordered)
+        positions = flat_positions(ordered)
+        slots = new_slots(ordered, self.device)
         cos, sin = self._rotation(positions)
         x = self._embedding[torch.tensor(tokens, device=self.device)]  # (T, hidden)
         for index, layer in enumerate(self._layers):
@@ -213,24 +211,6 @@ class DecoderModel:
         grouped = queries.view(h.shape[0], self.num_kv_heads, -1, self.head_dim)
         return grouped.transpose(0, 1).contiguous()
 
-    def _slots(self, chunks: Sequence[Chunk]) -> torch.Tensor | Extent:
-        """Where the new keys go: an extent where they are neighbours, else every slot."""
-        extents: list[Extent] = []
-        for chunk in chunks:
-            left = len(chunk.tokens)
-            own: list[Extent] = []
-            for start, end in reversed(chunk.extents):
-                taken = min(left, end - start)
-                own.append((end - taken, end))
-                left -= taken
-                if not left:
-                    break
-            extents.extend(reversed(own))
-        if len(extents) == 1:
-            return extents[0]
-        listed = [slot for start, end in extents for slot in range(start, end)]
-        return torch.tensor(listed, device=self.device)
-
     def _rotation(self, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and signed sin, each (T, 1, D)."""
         at = torch.tensor(positions, dtype=torch.float32, device=self.device)
@@ -243,15 +223,44 @@ class DecoderModel:
     def _logits(
         self, x: torch.Tensor, ordered: Sequence[Chunk], order: Sequence[int]
     ) -> torch.Tensor:
-        wanted: dict[int, range] = {}
-        end = 0
-        for index, chunk in zip(order, ordered, strict=True):
-            end += len(chunk.tokens)
-            wanted[index] = range(end - chunk.num_logits, end)
-        rows = [row for index in sorted(wanted) for row in wanted[index]]
+        rows = wanted_rows(ordered, order)
         if not rows:
             return torch.empty(0, self.vocab_size, device=self.device)
         last = x[torch.tensor(rows, device=self.device)]
         last = F.rms_norm(last, last.shape[1:], self._norm, self.eps)
         logits: torch.Tensor = self._head(last).float()
         return logits
+
+
+def flat_positions(chunks: Sequence[Chunk]) -> list[int]:
+    """The position of every token of the step, for RoPE."""
+    return [chunk.position + chunk.turn + n for chunk in chunks for n in range(len(chunk.tokens))]
+
+
+def new_slots(chunks: Sequence[Chunk], device: torch.device) -> torch.Tensor | Extent:
+    """Where the step's keys go: an extent where they are neighbours, else every slot."""
+    extents: list[Extent] = []
+    for chunk in chunks:
+        left = len(chunk.tokens)
+        own: list[Extent] = []
+        for start, end in reversed(chunk.extents):
+            taken = min(left, end - start)
+            own.append((end - taken, end))
+            left -= taken
+            if not left:
+                break
+        extents.extend(reversed(own))
+    if len(extents) == 1:
+        return extents[0]
+    listed = [slot for start, end in extents for slot in range(start, end)]
+    return torch.tensor(listed, device=device)
+
+
+def wanted_rows(ordered: Sequence[Chunk], order: Sequence[int]) -> list[int]:
+    """Rows of the step whose logits are wanted, chunk by chunk in the caller's order."""
+    wanted: dict[int, range] = {}
+    end = 0
+    for index, chunk in zip(order, ordered, strict=True):
+        end += len(chunk.tokens)
+        wanted[index] = range(end - chunk.num_logits, end)
+    return [row for index in sorted(wanted) for row in wanted[index]]

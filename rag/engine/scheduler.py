@@ -16,7 +16,9 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Protocol
+
+import torch
 
 from rag.engine.attention import Chunk
 from rag.engine.drafting import Drafter
@@ -24,6 +26,7 @@ from rag.engine.interface import Event, FinishEvent, Request, TokenEvent
 from rag.engine.kvcache import (
     CacheStats,
     Extent,
+    KVPool,
     Node,
     PrefixCache,
     common_prefix,
@@ -31,7 +34,6 @@ from rag.engine.kvcache import (
     extents_length,
     join_extents,
 )
-from rag.engine.model import DecoderModel
 from rag.engine.sampling import Logits, Sampler
 from rag.engine.slots import check_request
 from rag.errors import GeneratorError
@@ -66,6 +68,24 @@ class Limits:
 
 CPU_LIMITS = Limits(512, 160, rows_per_call=32, rows=48, draft_tokens=32)
 GPU_LIMITS = Limits(4096, 1024, rows_per_call=192, rows=256, draft_tokens=64)
+
+
+class PooledModel(Protocol):
+    """A forward that keeps keys and values in a pool: DecoderModel, TransformersModel."""
+
+    device: torch.device
+    dtype_name: str
+    vocab_size: int
+
+    @property
+    def description(self) -> str: ...
+
+    @property
+    def has_windows(self) -> bool: ...
+
+    def new_pool(self, capacity: int) -> KVPool: ...
+
+    def forward(self, chunks: Sequence[Chunk], pool: KVPool) -> torch.Tensor: ...
 
 
 class Call:
@@ -173,7 +193,7 @@ class PooledEngine:
 
     def __init__(
         self,
-        model: DecoderModel,
+        model: PooledModel,
         *,
         context_length: int,
         kv_tokens: int,

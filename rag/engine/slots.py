@@ -143,6 +143,11 @@ class SlotEngine:
         self._live: set[str] = set()
         self._cancelled: set[str] = set()
         parameters = inspect.signature(model.forward).parameters
+        if "past_key_values" not in parameters:
+            raise GeneratorError(
+                f"{type(model).__name__} keeps its state in a way of its own instead of a KV cache; "
+                "this program can't run it. Choose a transformer model."
+            )
         self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
 
     @property
