@@ -71,8 +71,8 @@ def scan(
             owner = roots.owner(path)
             if not reason and owner is not None and owner != scope.root:
                 reason = f"in the base {owner.prefix} stands for {owner.folder}; rename this folder"
-            if not reason and find_loader(file.name) is None:
-                reason = why_skipped(file.name)
+            if not reason and find_loader(path) is None:
+                reason = why_skipped(path)
             if reason:
                 skipped[path] = SkippedFile(path, reason)
                 continue
@@ -99,6 +99,7 @@ def _walk(start: Path, scope: Scope, own: Path) -> Iterator[tuple[Path, str, str
     while pending:
         folder = pending.pop()
         _read_rules(folder, root, rules)
+        above = "" if folder == root else folder.relative_to(root).as_posix() + "/"
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
@@ -109,14 +110,14 @@ def _walk(start: Path, scope: Scope, own: Path) -> Iterator[tuple[Path, str, str
             if name.startswith(".") or _TEMPORARY.match(name):
                 continue
             file = folder / name
-            inner = file.relative_to(root).as_posix()
+            inner = above + name
             if entry.is_symlink():
                 reason = _judge_link(file, root)
                 if reason or file.is_dir():
                     yield file, inner, reason or "a link to a folder"
                     continue
             is_folder = entry.is_dir()
-            if _is_ignored(inner, is_folder, rules[folder]):
+            if rules[folder] and _is_ignored(inner, is_folder, rules[folder]):
                 continue
             if is_folder:
                 if name not in _SKIPPED_FOLDERS and file != own:
@@ -264,9 +265,16 @@ def hash_files(sources: Sequence[SourceFile]) -> dict[str, str]:
 
     Size and time of change are not trusted in its place: a restored backup keeps both.
     """
+    batches = [sources[start : start + 64] for start in range(0, len(sources), 64)]
+    digests: dict[str, str] = {}
     with ThreadPoolExecutor(max_workers=4) as pool:
-        digests = pool.map(_hash_file, [source.file for source in sources], chunksize=64)
-        return {source.path: digest for source, digest in zip(sources, digests, strict=True)}
+        for batch in pool.map(_hash_batch, batches):
+            digests.update(batch)
+    return digests
+
+
+def _hash_batch(sources: Sequence[SourceFile]) -> dict[str, str]:
+    return {source.path: _hash_file(source.file) for source in sources}
 
 
 def _hash_file(file: Path) -> str:

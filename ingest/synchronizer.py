@@ -163,7 +163,7 @@ class _Run:
                 # Also when stopped half-way: what was stored can be searched.
                 if base.generation != generation or base.index_state() != "current":
                     base.publish()
-            self._note_rest(plan, base.files())
+            self._note_rest(plan, known if base.generation == generation else base.files())
             return self._report(base.count_chunks())
 
     # planning

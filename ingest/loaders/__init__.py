@@ -54,10 +54,11 @@ __all__ = ["LOADERS", "Loader", "find_loader", "load_document", "why_skipped"]
 
 def find_loader(name: str) -> Loader | None:
     """The loader for a file of this name, None where its type is not known."""
-    path = Path(name)
-    if not path.suffix and path.name.lower() in _TEXT_NAMES:
-        return _BY_SUFFIX[".txt"]
-    return _BY_SUFFIX.get(path.suffix.lower())
+    name = name.rsplit("/", 1)[-1].lower()
+    stem, dot, suffix = name.rpartition(".")
+    if not stem:  # no dot, or one at the start only
+        return _BY_SUFFIX[".txt"] if name in _TEXT_NAMES else None
+    return _BY_SUFFIX.get(dot + suffix)
 
 
 def why_skipped(name: str) -> str:
