@@ -162,14 +162,14 @@ def _show_attention(inspection: Inspection) -> None:
         .mark_rect(cornerRadius=2)
         .encode(
             x=alt.X("part:N", sort=names, title=None, axis=alt.Axis(labelAngle=0, orient="top")),
-            y=alt.Y("step:N", sort=None, title=None),
+            y=alt.Y("step:N", sort=None, title=None, axis=alt.Axis(labelOverlap=False)),
             color=alt.Color("share:Q", scale=alt.Scale(scheme="tealblues"), title=say("share")),
             tooltip=[
                 alt.Tooltip("step:N", title=say("token")), alt.Tooltip("part:N", title=say("part")),
                 alt.Tooltip("share:Q", title=say("share"), format=".1%"),
             ],
         )
-        .properties(height=max(120, 21 * len(inspection.steps)))
+        .properties(height=22 * len(inspection.steps) + 60)
     )
     st.altair_chart(chart, width="stretch")
     by_passage = shares[:, 1 : inspection.num_passages + 1].sum(axis=0)
@@ -202,14 +202,14 @@ def _show_next_token(inspection: Inspection, inspector: Inspector) -> None:
         .mark_bar(cornerRadius=3)
         .encode(
             x=alt.X("probability:Q", title=say("probability"), axis=alt.Axis(format="%")),
-            y=alt.Y("token:N", sort=None, title=None),
+            y=alt.Y("token:N", sort=None, title=None, axis=alt.Axis(labelOverlap=False, labelLimit=160)),
             color=alt.Color(
                 "state:N", title=None, legend=alt.Legend(orient="top"),
                 scale=alt.Scale(domain=[say("can_be_drawn"), say("cut_off")], range=["#3f9583", "#b9b2a7"]),
             ),
             tooltip=["token:N", alt.Tooltip("probability:Q", format=".2%", title=say("probability"))],
         )
-        .properties(height=24 * len(rows) + 40)
+        .properties(height=24 * len(rows) + 90)
     )
     st.altair_chart(chart, width="stretch")
 

@@ -28,6 +28,7 @@ BROWSER_ARGUMENTS = (
     "--disable-component-update", "--disable-sync",
 )
 IDLE = '[data-testid="stApp"][data-test-script-state="notRunning"]'
+MAIN_FORM = '[data-testid="stMain"] [data-testid="stForm"]'
 ANSWERED = '.lr-answer:not([data-kind="live"])'
 _QUESTIONS = {
     "zh-CN": "KV 缓存里存的是什么？",
@@ -140,6 +141,13 @@ def _visit(page: Any, address: str, locale: str) -> Iterator[str]:
     page.wait_for_selector('[data-testid="stDataFrame"]')
     _settle(page)
     yield "knowledge"
+    page.goto(f"{address}/inside")
+    page.locator(f"{MAIN_FORM} input").first.fill(_QUESTIONS[locale])
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".lr-tokens")
+    page.wait_for_selector("[data-testid='stVegaLiteChart'] canvas")
+    _settle(page)
+    yield "inside"
 
 
 def _settle(page: Any) -> None:

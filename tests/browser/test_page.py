@@ -15,6 +15,7 @@ from app.screenshots import (
     BROWSER_ARGUMENTS,
     BROWSERS,
     IDLE,
+    MAIN_FORM,
     REPOSITORY,
     build_base,
     find_browser,
@@ -193,3 +194,15 @@ def test_a_phone_shows_the_page_without_scrolling_sideways(visit: Any) -> None:
         "() => Math.max(...[...document.querySelectorAll('.stMain, .stHtml, .lr-source')]"
         ".map(e => e.getBoundingClientRect().right))"
     ) <= 390
+
+
+def test_a_look_inside_shows_tokens_and_where_attention_goes(visit: Any) -> None:
+    page = visit(locale="zh-CN").page
+    page.get_by_role("link", name="看看内部").click()
+    page.locator(f"{MAIN_FORM} input").first.fill("KV 缓存里存的是什么？")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".lr-tokens")
+    page.wait_for_selector(IDLE)
+    assert page.locator(".lr-token").count() > 10
+    assert page.get_by_test_id("stVegaLiteChart").count() == 5  # the parts of it that are drawn
+    assert page.locator(".lr-notice-failed").count() == 0
