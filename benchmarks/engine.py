@@ -403,9 +403,16 @@ def lookup(repeats: int) -> dict[str, Any]:
     from rag.settings import Settings
 
     root = Path(__file__).parent.parent
-    texts = sorted(path.read_text("utf-8")[:1200] for path in (root / "knowledge").rglob("*.md"))
-    lines = (root / "tests" / "questions.jsonl").read_text("utf-8").splitlines()
-    questions = [json.loads(line)["question"] for line in lines[:12]]
+    asked: list[tuple[str, str]] = []
+    for line in (root / "tests" / "questions.jsonl").read_text("utf-8").splitlines():
+        question = json.loads(line)
+        path = root / "knowledge" / question.get("path", "")
+        if path.suffix == ".md" and question.get("quote"):
+            text = path.read_text("utf-8")
+            at = text.find(question["quote"])
+            if at >= 0:
+                asked.append((question["question"], text[max(0, at - 300) : at + 500]))
+    asked = asked[:16]
     result: dict[str, Any] = {}
     for name, drafts in (("with", 32), ("without", 0)):
         rates = []
@@ -414,8 +421,8 @@ def lookup(repeats: int) -> dict[str, Any]:
             engine: Any = generator.engine
             engine.limits = dataclasses.replace(engine.limits, draft_tokens=drafts)
             tokens, seconds = 0, 0.0
-            for number, question in enumerate(questions):
-                passages = [texts[(number + step) % len(texts)] for step in range(3)]
+            for number, (question, _) in enumerate(asked):
+                passages = [asked[(number + step) % len(asked)][1] for step in range(3)]
                 prompt = Prompt(hits=(), text=reader_prompt(question, passages))
                 done = generator.generate(prompt, max_new_tokens=64)
                 if done.tokens_per_second:
@@ -436,7 +443,7 @@ def measure_limits(folder: Path) -> dict[str, float]:
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    large = torch.ones(256 * 2**20, dtype=torch.int32)  # 1 GiB
+    large = torch.ones(256 * 2**20)  # 1 GiB
     x = torch.randn(2048, 4096).bfloat16()
     weight = torch.randn(4096, 4096).bfloat16()
 
