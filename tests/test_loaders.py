@@ -378,6 +378,22 @@ def test_tables_become_markdown_rows(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("angle", [90, -90, 180])
+def test_a_page_set_sideways_is_read_in_its_own_direction(tmp_path: Path, angle: int) -> None:
+    from reportlab.pdfgen.canvas import Canvas
+
+    lines = ["A line that runs along the side of the page and is wrapped at its end, so that the",
+             "paragraph goes on here."]
+    canvas = Canvas(str(tmp_path / "a.pdf"), pagesize=(595, 842))
+    canvas.translate(300, 420)
+    canvas.rotate(angle)
+    canvas.setFont("Helvetica", 11)
+    for x, y, text in column(lines, top=100, x=-270):
+        canvas.drawString(x, y, text)
+    canvas.save()
+    assert load_document(tmp_path / "a.pdf", "a.pdf").text == " ".join(lines)
+
+
 def test_large_type_makes_headings(tmp_path: Path) -> None:
     page = [(72, 700, "# Key-value cache"),
             *column(["The cache keeps keys and values of all tokens, so that a step is quick.",

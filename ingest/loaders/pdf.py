@@ -136,7 +136,11 @@ def _read_page(pdf: Any, index: int, health: _Health) -> PageText:
         return PageText(number, 0.0, 0.0, [])
     try:
         width, height = page.get_size()
-        lines = list(_read_lines(textpage, width))
+        if page.get_rotation() in (90, 270):  # boxes are those of the page before it is turned
+            width, height = height, width
+        lines, is_turned = _read_lines(textpage, width, height)
+        if is_turned:
+            width, height = height, width
         visible = sum(len(line.text.replace(" ", "")) for line in lines)
         if visible < _MIN_VISIBLE and _picture_share(page, width * height) >= _SCAN_SHARE:
             health.scanned.append(number)
@@ -163,51 +167,84 @@ def _picture_share(page: Any, area: float) -> float:
     return covered / area if area else 0.0
 
 
-def _read_lines(textpage: Any, page_width: float) -> Iterator[Line]:
-    """The page's lines as pdfium orders them, each with the box around it, in points."""
-    import ctypes
+def _read_lines(textpage: Any, width: float, height: float) -> tuple[list[Line], bool]:
+    """The page's lines as pdfium orders them, each with the box around it, in points.
 
-    import pypdfium2.raw as raw
-
+    Where the text runs up or down the page (a wide table set sideways), boxes are turned so that
+    it runs to the right, and the second value is True.
+    """
     text, indices = _read_characters(textpage)
-    box = raw.FS_RECTF()
-    left, right, bottom, top = (ctypes.c_double() for _ in range(4))
+    boxes = _Boxes(textpage, indices, width, height)
+    spans: list[tuple[int, int, bool]] = []  # first and last character, whether a word goes on
     for match in _LINE.finditer(text):
-        start, part = match.start(), match[1]
-        stripped = part.strip()
-        if not stripped:
-            continue
-        first = start + len(part) - len(part.lstrip())
-        last = first + len(stripped) - 1
+        stripped = match[1].strip()
+        if stripped:
+            first = match.start() + len(match[1]) - len(match[1].lstrip())
+            spans.append((first, first + len(stripped) - 1, match[2] == _HYPHEN))
+    boxes.find_turn([(first, last) for first, last, _ in spans if last - first >= 4])
+    lines: list[Line] = []
+    for first, last, is_hyphenated in spans:
         # A line may begin or end in another font: its own size is that of most of three places.
         middle = (first + last) // 2
         while middle > first and text[middle] == " ":
             middle -= 1
-        edges: list[tuple[float, float, float]] = []  # (height, foot, left) of three characters
-        num_bold = 0
-        for place in (first, middle, last):
-            index = indices[place] if indices else place
-            raw.FPDFText_GetLooseCharBox(textpage, index, box)
-            edges.append((box.top - box.bottom, box.bottom, box.left))
-            num_bold += raw.FPDFText_GetFontWeight(textpage, index) >= 600
-        x0 = edges[0][2]
-        height, y0, _ = sorted(edges)[1]
-        raw.FPDFText_GetCharBox(textpage, indices[last] if indices else last, left, right, bottom, top)
-        line = Line(
-            stripped, x0, max(x0, right.value), y0, y0 + height,
-            is_bold=num_bold == 3, is_hyphenated=match[2] == _HYPHEN,
-        )
-        if line.x1 - x0 > _WIDE_LINE * page_width:
+        places = [boxes.at(first), boxes.at(middle), boxes.at(last)]
+        size, y0 = sorted((top - bottom, bottom) for _, bottom, _, top in places)[1]
+        x0, x1 = places[0][0], max(places[0][0], places[2][2])
+        is_bold = all(boxes.is_bold_at(place) for place in (first, middle, last))
+        line = Line(text[first : last + 1], x0, x1, y0, y0 + size, is_bold, is_hyphenated)
+        if x1 - x0 > _WIDE_LINE * width:
             # pdfium joins what is drawn on one height: cells of a row, lines of two columns.
-            for space in _SPACE_RUN.finditer(stripped):
-                before, after = (first + offset for offset in (space.start() - 1, space.end()))
-                before, after = (indices[before], indices[after]) if indices else (before, after)
-                raw.FPDFText_GetCharBox(textpage, before, left, right, bottom, top)
-                gap_start = right.value
-                raw.FPDFText_GetCharBox(textpage, after, left, right, bottom, top)
-                if left.value - gap_start > _WIDE_GAP * height:
-                    line.gaps.append(Gap(space.start(), space.end(), gap_start, left.value))
-        yield line
+            for space in _SPACE_RUN.finditer(line.text):
+                gap_start = boxes.at(first + space.start() - 1)[2]
+                gap_end = boxes.at(first + space.end())[0]
+                if gap_end - gap_start > _WIDE_GAP * size:
+                    line.gaps.append(Gap(space.start(), space.end(), gap_start, gap_end))
+        lines.append(line)
+    rising = sum(lower.y0 > upper.y0 for upper, lower in zip(lines, lines[1:], strict=False))
+    if rising > 0.7 * len(lines):  # pdfium orders the lines of a turned page from its foot
+        lines.reverse()
+    return lines, boxes.turn != 0
+
+
+class _Boxes:
+    """Where a page's characters are: (left, bottom, right, top) by index into its text."""
+
+    def __init__(self, textpage: Any, indices: list[int], width: float, height: float) -> None:
+        import pypdfium2.raw as raw
+
+        self._textpage = textpage
+        self._indices = indices
+        self._width = width
+        self._height = height
+        self._box = raw.FS_RECTF()
+        self._read_box = raw.FPDFText_GetLooseCharBox
+        self._read_weight = raw.FPDFText_GetFontWeight
+        self.turn = 0  # 1 where the text runs up the page, -1 where it runs down
+
+    def at(self, place: int) -> tuple[float, float, float, float]:
+        index = self._indices[place] if self._indices else place
+        box = self._box
+        self._read_box(self._textpage, index, box)
+        if self.turn > 0:
+            return box.bottom, self._width - box.right, box.top, self._width - box.left
+        if self.turn < 0:
+            return self._height - box.top, box.left, self._height - box.bottom, box.right
+        return box.left, box.bottom, box.right, box.top
+
+    def is_bold_at(self, place: int) -> bool:
+        index = self._indices[place] if self._indices else place
+        return bool(self._read_weight(self._textpage, index) >= 600)
+
+    def find_turn(self, spans: list[tuple[int, int]]) -> None:
+        """Set `turn` by the direction in which most of the lines run."""
+        directions = [0, 0, 0]  # right, up, down
+        for first, last in spans[:40]:
+            start, end = self.at(first), self.at(last)
+            across, along = end[0] - start[0], end[1] - start[1]
+            directions[0 if abs(across) >= abs(along) else 1 if along > 0 else 2] += 1
+        most = directions.index(max(directions))
+        self.turn = (0, 1, -1)[most]
 
 
 def _read_characters(textpage: Any) -> tuple[str, list[int]]:
