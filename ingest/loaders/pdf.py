@@ -202,7 +202,7 @@ def _read_lines(textpage: Any, width: float, height: float) -> tuple[list[Line],
                     line.gaps.append(Gap(space.start(), space.end(), gap_start, gap_end))
         lines.append(line)
     rising = sum(lower.y0 > upper.y0 for upper, lower in zip(lines, lines[1:], strict=False))
-    if rising > 0.7 * len(lines):  # pdfium orders the lines of a turned page from its foot
+    if rising > 0.7 * max(1, len(lines) - 1):  # pdfium orders the lines of a turned page from its foot
         lines.reverse()
     return lines, boxes.turn != 0
 
