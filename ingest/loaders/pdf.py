@@ -7,6 +7,7 @@ decided in ingest/layout.py.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,7 @@ def _read_lines(textpage: Any, width: float, height: float) -> tuple[list[Line],
     rising = sum(lower.y0 > upper.y0 for upper, lower in zip(lines, lines[1:], strict=False))
     if rising > 0.7 * max(1, len(lines) - 1):  # pdfium orders the lines of a turned page from its foot
         lines.reverse()
-    return lines, boxes.turn != 0
+    return lines, boxes.turn in ("up", "down")
 
 
 class _Boxes:
@@ -220,16 +221,21 @@ class _Boxes:
         self._box = raw.FS_RECTF()
         self._read_box = raw.FPDFText_GetLooseCharBox
         self._read_weight = raw.FPDFText_GetFontWeight
-        self.turn = 0  # 1 where the text runs up the page, -1 where it runs down
+        self.turn = "right"  # the direction in which lines run: "right", "up", "down", "left"
 
     def at(self, place: int) -> tuple[float, float, float, float]:
         index = self._indices[place] if self._indices else place
         box = self._box
         self._read_box(self._textpage, index, box)
-        if self.turn > 0:
+        if self.turn == "up":
             return box.bottom, self._width - box.right, box.top, self._width - box.left
-        if self.turn < 0:
+        if self.turn == "down":
             return self._height - box.top, box.left, self._height - box.bottom, box.right
+        if self.turn == "left":
+            return (
+                self._width - box.right, self._height - box.top,
+                self._width - box.left, self._height - box.bottom,
+            )
         return box.left, box.bottom, box.right, box.top
 
     def is_bold_at(self, place: int) -> bool:
@@ -238,13 +244,15 @@ class _Boxes:
 
     def find_turn(self, spans: list[tuple[int, int]]) -> None:
         """Set `turn` by the direction in which most of the lines run."""
-        directions = [0, 0, 0]  # right, up, down
+        directions: Counter[str] = Counter()
         for first, last in spans[:40]:
             start, end = self.at(first), self.at(last)
             across, along = end[0] - start[0], end[1] - start[1]
-            directions[0 if abs(across) >= abs(along) else 1 if along > 0 else 2] += 1
-        most = directions.index(max(directions))
-        self.turn = (0, 1, -1)[most]
+            if abs(across) >= abs(along):
+                directions["right" if across > 0 else "left"] += 1
+            else:
+                directions["up" if along > 0 else "down"] += 1
+        self.turn = directions.most_common(1)[0][0] if directions else "right"
 
 
 def _read_characters(textpage: Any) -> tuple[str, list[int]]:
