@@ -72,14 +72,19 @@ def _show_settings() -> None:
     settings = session.settings()
     with st.expander(say("settings"), icon=":material/tune:"):
         # Sliders count at once; what has to be loaded waits for its button.
-        top_k = st.slider(say("top_k"), 1, 12, settings.top_k, key="set-top-k")
+        # Their ranges give way where environment or rag.toml went further.
+        top_k = st.slider(say("top_k"), 1, max(12, settings.top_k), settings.top_k, key="set-top-k")
+        longest = settings.max_new_tokens
         max_new_tokens = st.slider(
-            say("max_new_tokens"), 16, 2048, settings.max_new_tokens, step=16, key="set-max-new",
+            say("max_new_tokens"), min(16, longest), max(2048, longest), longest, key="set-max-new",
         )
         temperature = st.slider(
-            say("temperature"), 0.0, 2.0, settings.temperature, step=0.1, key="set-temperature"
+            say("temperature"), 0.0, max(2.0, settings.temperature), settings.temperature, step=0.1,
+            key="set-temperature",
         )
-        top_p = st.slider(say("top_p"), 0.05, 1.0, settings.top_p, step=0.05, key="set-top-p")
+        top_p = st.slider(
+            say("top_p"), min(0.05, settings.top_p), 1.0, settings.top_p, step=0.05, key="set-top-p"
+        )
         changed = replace(
             settings, top_k=top_k, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
         )

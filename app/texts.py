@@ -280,8 +280,8 @@ _TEXTS: dict[str, tuple[str, str]] = {
     ),
     "exposed": (
         "This page can be reached from other machines, and no password is set. Start it again with "
-        "RAG_PASSWORD set, or without --server.address.",
-        "其他机器可以访问本页面，但没有设置密码。请设置环境变量 RAG_PASSWORD 后重新启动，或去掉 --server.address。",
+        "the environment variable RAG_PASSWORD, or for this machine alone with --server.address 127.0.0.1.",
+        "其他机器可以访问本页面，但没有设置密码。请设置环境变量 RAG_PASSWORD 后重新启动；只在本机使用时，加上 --server.address 127.0.0.1。",
     ),
 }
 

@@ -180,6 +180,19 @@ def test_a_wrong_setting_is_shown_as_its_message(
     assert "RAG_TOP_K is &#x27;many&#x27;" in html(open_page())
 
 
+def test_settings_beyond_the_sliders_are_kept(
+    kb: Path, store: ScriptedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAG_TOP_K", "20")
+    monkeypatch.setenv("RAG_MAX_NEW_TOKENS", "5000")
+    monkeypatch.setenv("RAG_TEMPERATURE", "3")
+    monkeypatch.setenv("RAG_TOP_P", "0.02")
+    page = open_page()
+    html(page)
+    kept = page.session_state["settings"]
+    assert (kept.top_k, kept.max_new_tokens, kept.temperature, kept.top_p) == (20, 5000, 3.0, 0.02)
+
+
 def test_without_a_knowledge_base_the_page_says_how_to_make_one(
     tmp_path: Path, store: ScriptedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,9 +63,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, browser: Any) -> Iterator[s
 class Visit:
     """One browser session on the page; keeps what it asked other hosts for."""
 
-    def __init__(self, browser: Any, address: str, *, locale: str = "en-US", width: int = 1280) -> None:
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, locale=locale)
-        self.page = self.context.new_page()
+    def __init__(self, context: Any, address: str) -> None:
+        self.page = context.new_page()
         self.page.set_default_timeout(30_000)
         self.foreign: list[str] = []
         self.page.on("request", lambda request: self._note(request.url, address))
@@ -90,17 +89,27 @@ class Visit:
         return [str(text) for text in self.page.locator(f"{ANSWERED} .lr-text").all_inner_texts()]
 
 
+@pytest.fixture(scope="module")
+def contexts(browser: Any) -> dict[tuple[str, int], Any]:
+    """Browser contexts by locale and width; shared, so that scripts are fetched once."""
+    return {}
+
+
 @pytest.fixture
-def visit(browser: Any, server: str) -> Iterator[Any]:
+def visit(browser: Any, server: str, contexts: dict[tuple[str, int], Any]) -> Iterator[Any]:
     visits: list[Visit] = []
 
-    def open_page(**options: Any) -> Visit:
-        visits.append(Visit(browser, server, **options))
+    def open_page(*, locale: str = "en-US", width: int = 1280) -> Visit:
+        if (locale, width) not in contexts:
+            contexts[locale, width] = browser.new_context(
+                viewport={"width": width, "height": 900}, locale=locale
+            )
+        visits.append(Visit(contexts[locale, width], server))
         return visits[-1]
 
     yield open_page
     for made in visits:
-        made.context.close()
+        made.page.close()
 
 
 def test_a_chinese_question_is_answered_and_its_source_opens_on_the_passage(visit: Any) -> None:
