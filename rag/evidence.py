@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rag.answer import Hit
-from rag.language import Language
+from rag.language import detect_language
 from rag.ranking import FEATURES as MATCH_FEATURES
 from rag.sentences import sentence_spans
 from rag.soft_match import SoftMatch
@@ -179,11 +179,21 @@ class _KindsAsked:
         return [*found, len(self.digits & digits) / len(self.digits) if self.digits else 0.0]
 
 
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    sentence: npt.NDArray[np.float64]  # (FEATURES,)
+    support: npt.NDArray[np.float64]  # (SUPPORT_FEATURES,)
+    threshold: float
+
+
 @lru_cache(maxsize=1)
-def fitted() -> dict[str, dict[str, dict[str, float]]]:
-    """"sentence" and "support": language -> feature -> weight ("bias" for the latter)."""
-    result: dict[str, dict[str, dict[str, float]]] = json.loads(_FITTED.read_text(encoding="utf-8"))
-    return result
+def _fitted() -> _Fitted:
+    values = json.loads(_FITTED.read_text(encoding="utf-8"))
+    return _Fitted(
+        np.array([values["sentence"][name] for name in FEATURES]),
+        np.array([values["support"][name] for name in SUPPORT_FEATURES]),
+        float(values["threshold"]),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,37 +206,62 @@ class RankedEvidence:
 
 
 def rank_sentences(
-    question: str, terms: Sequence[str], weights: Mapping[str, float], hits: Sequence[Hit], *,
-    language: Language,
+    question: str, terms: Sequence[str], weights: Mapping[str, float], hits: Sequence[Hit]
 ) -> RankedEvidence:
     """The sentences of the hits by how well they answer the question."""
     sentences, features = sentence_features(question, terms, weights, hits)
     if not sentences:
         return RankedEvidence((), np.zeros(len(FEATURES)), np.zeros(len(FEATURES)))
-    fit = fitted()["sentence"][language]
-    scores = features @ np.array([fit[name] for name in FEATURES])
+    language = detect_language(question)
+    own = np.array([detect_language(item.text) == language for item in sentences])
+    scores = features @ _fitted().sentence + _SAME_LANGUAGE * own
     order = [int(at) for at in np.argsort(-scores, kind="stable")]
     ranked = tuple(replace(sentences[at], score=float(scores[at])) for at in order)
     return RankedEvidence(ranked, features[order[0]], np.median(features, axis=0))
 
 
+_SAME_LANGUAGE = 1.0  # not fitted, as SAME_LANGUAGE of the ranking
+_QUOTED_MASS = 0.75
+_MOST_QUOTED = 3
+
+
+def quotations(sentences: Sequence[Evidence]) -> list[tuple[int, int, int]]:
+    """What to quote of ranked sentences: (hit number, start, end), best hit first, in reading order.
+
+    The scores were fitted as a softmax, so they give each sentence its probability of being the one
+    that answers. Sentences are taken until _QUOTED_MASS of it is reached, at most _MOST_QUOTED;
+    neighbours become one quotation.
+    """
+    if not sentences:
+        return []
+    mass = np.exp(np.array([sentence.score for sentence in sentences]) - sentences[0].score)
+    mass /= mass.sum()
+    count = min(_MOST_QUOTED, len(sentences), 1 + int((np.cumsum(mass) < _QUOTED_MASS).sum()))
+    order = {number: at for at, number in enumerate(dict.fromkeys(s.hit_number for s in sentences[:count]))}
+    quoted: list[tuple[int, int, int]] = []
+    for item in sorted(sentences[:count], key=lambda s: (order[s.hit_number], s.start)):
+        if quoted and quoted[-1][0] == item.hit_number and 0 <= item.start - quoted[-1][2] <= 2:
+            quoted[-1] = (item.hit_number, quoted[-1][1], item.end)
+        else:
+            quoted.append((item.hit_number, item.start, item.end))
+    return quoted
+
+
 SUPPORT_FEATURES = (
     "bias", "coverage", "context", "soft", "soft_context", "dense", "soft_gap", "pairs", "wrong_kind",
-    "hit_coverage", "hit_window", "bm25_gap", "unknown", "terms",
+    "hit_coverage", "hit_window", "bm25_gap", "terms",
 )
 
 
 def support_features(
-    terms: Sequence[str], weights: Mapping[str, float], *, evidence: RankedEvidence,
-    hit: npt.NDArray[np.float64], pool: npt.NDArray[np.float64], unknown_terms: frozenset[str],
+    terms: Sequence[str], *, evidence: RankedEvidence,
+    hit: npt.NDArray[np.float64], pool: npt.NDArray[np.float64],
 ) -> npt.NDArray[np.float64]:
     """float64 (SUPPORT_FEATURES,): what speaks for an answer being there.
 
     `hit`: the best of each match feature among the hits; `pool`: the median of each among all
-    candidates, as a passage that answers stands out from what merely is of the same field;
-    `unknown_terms`: question terms that stand nowhere in the base.
+    candidates, as a passage that answers stands out from what merely is of the same field.
     """
-    total = sum(weights[term] for term in terms) or 1.0
     best = dict(zip(FEATURES, evidence.best_features, strict=True))
     usual = dict(zip(FEATURES, evidence.median_features, strict=True))
     match = dict(zip(MATCH_FEATURES, hit, strict=True))
@@ -236,12 +271,11 @@ def support_features(
         best["soft_context"] - usual["soft_context"], best["pairs"],
         best["no_number"] + best["no_time"] + best["no_name"] + best["no_reason"],
         match["coverage"], match["window"], match["bm25"] - pool_match["bm25"],
-        sum(weights[term] for term in unknown_terms) / total, math.log1p(len(terms)),
+        math.log1p(len(terms)),
     ])
 
 
-def support_probability(features: npt.NDArray[np.float64], language: Language) -> tuple[float, float]:
+def support_probability(features: npt.NDArray[np.float64]) -> tuple[float, float]:
     """Probability that the passages answer the question, and the fitted threshold to refuse below."""
-    fit = fitted()["support"][language]
-    score = float(features @ np.array([fit[name] for name in SUPPORT_FEATURES]))
-    return 1.0 / (1.0 + math.exp(-max(-50.0, min(50.0, score)))), fit["threshold"]
+    score = float(features @ _fitted().support)
+    return 1.0 / (1.0 + math.exp(-max(-50.0, min(50.0, score)))), _fitted().threshold

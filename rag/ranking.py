@@ -1,7 +1,7 @@
 """Question and candidate passages -> one score each, a weighted sum of how well they match.
 
-The weights are fitted on questions (`python -m rag.bundled.fit_ranking`), one set a language,
-because rank fusion without weights loses to BM25 alone.
+The weights are fitted on questions (`python -m rag.bundled.fit_ranking`), one
+set for each language of questions, because rank fusion without weights loses to BM25 alone.
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ FEATURES = (
     "window",  # the same within its best stretch of WINDOW terms
     "pairs",  # share of neighbouring question terms that are neighbours in the passage
     "place",  # share of the question's term weight in title, headings and file name
-    "bm25_standing",  # bm25 between the median (0) and the best (1) of the candidates
-    "dense_standing",  # dense likewise: cosines of different embedders have different ranges
+    "bm25_of_best",  # bm25 divided by the best of the candidates
+    "dense_of_best",  # dense between the least (0) and the best (1) of the candidates, because the
+    # cosines of different embedders have different ranges
 )
 WINDOW = 30
 _K1, _B = 1.2, 0.6
+# Where a folder says the same in both languages, one wants to read it in one's own. Not fitted:
+# about half of what parts the first hit from the second.
+SAME_LANGUAGE = 0.6
 _FITTED = Path(__file__).parent / "bundled" / "ranking.json"
 
 
@@ -45,11 +49,11 @@ class Candidate:
 
 @lru_cache(maxsize=1)
 def fitted_weights() -> dict[str, npt.NDArray[np.float64]]:
-    """Language -> weights in the order of FEATURES."""
-    fitted = json.loads(_FITTED.read_text(encoding="utf-8"))
+    """Language of the question -> fitted weights in the order of FEATURES."""
+    fitted = json.loads(_FITTED.read_text(encoding="utf-8"))["weights"]
     return {
         language: np.array([weights[name] for name in FEATURES])
-        for language, weights in fitted["weights"].items()
+        for language, weights in fitted.items()
     }
 
 
@@ -81,8 +85,9 @@ def match_features(
         row[4] = sum(weights[a] + weights[b] for a, b in pairs if _adjacent(places, a, b)) / pair_total
         row[5] = sum(weights[term] for term in in_place) / total
     if len(candidates):
-        best, median = rows[:, :2].max(axis=0), np.median(rows[:, :2], axis=0)
-        rows[:, 6:8] = (rows[:, :2] - median) / np.maximum(best - median, 1e-6)
+        rows[:, 6] = rows[:, 0] / max(rows[:, 0].max(), 1e-6)
+        least, best = rows[:, 1].min(), rows[:, 1].max()
+        rows[:, 7] = (rows[:, 1] - least) / max(best - least, 1e-6)
     return rows
 
 
@@ -117,6 +122,11 @@ def _adjacent(places: Sequence[tuple[int, str]], first: str, second: str) -> boo
     return False
 
 
-def rank(features: npt.NDArray[np.float64], language: Language) -> npt.NDArray[np.float64]:
-    """Scores (candidates,), higher is better."""
-    return features @ fitted_weights()[language]
+def rank(
+    features: npt.NDArray[np.float64], language: Language, same_language: Sequence[bool]
+) -> npt.NDArray[np.float64]:
+    """Scores (candidates,), higher is better, for a question in `language`.
+
+    `same_language` says which candidates are written in it.
+    """
+    return features @ fitted_weights()[language] + SAME_LANGUAGE * np.asarray(same_language)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,7 +19,7 @@ from rag.sentences import best_sentence_start
 from rag.term_weights import term_weights
 from rag.terms import question_terms
 
-CANDIDATES = 48  # from each of dense and term search
+CANDIDATES = 48  # from each of dense and term search, and compared in full
 _MAX_QUESTION_TERMS = 64  # the heaviest ones of a question as long as a page
 _DUPLICATE = 0.92  # Jaccard similarity of term sets from which two passages say the same
 _LONGEST_JOINED = 2_400  # characters
@@ -120,7 +121,10 @@ class Retriever:
         stored, features = self._candidates(weighed, vector, dense, max(CANDIDATES, 3 * k))
         if not stored:
             return Retrieval(weighed, (), np.zeros(len(FEATURES)), np.zeros(len(FEATURES)))
-        scores = rank(features, weighed.language)
+        scores = rank(
+            features, weighed.language,
+            [detect_language(item.chunk.text) == weighed.language for item in stored],
+        )
         order = sorted(range(len(stored)), key=lambda at: (-scores[at], stored[at].row))
         hits: list[Hit] = []
         kept: list[StoredChunk] = []
@@ -154,11 +158,12 @@ class Retriever:
     ) -> tuple[list[StoredChunk], np.ndarray]:
         """Chunks that either search brought up, with their match features (n, FEATURES)."""
         cosines = dict(dense)
-        by_terms = self.base.search_terms(weighed.terms, count)
-        missing = [row for row, _ in by_terms if row not in cosines]
+        by_terms = dict(self.base.search_terms(weighed.terms, count))
+        missing = [row for row in by_terms if row not in cosines]
         for row, stored_vector in self.base.vectors_of(missing).items():
             cosines[row] = float(stored_vector @ vector)
-        stored = list(self.base.stored_chunks(list(cosines)).values())
+        chosen = _most_promising(cosines, by_terms, count)
+        stored = list(self.base.stored_chunks(chosen).values())
         features = match_features(
             weighed.terms, weighed.weights,
             [Candidate(item.row, item.body_terms, item.place_terms, cosines[item.row]) for item in stored],
@@ -186,6 +191,18 @@ class Retriever:
             return replace(hit, page=chunk.page)
         start = chunk.start + best_sentence_start(chunk.text, weighed.weights)
         return replace(hit, page=self.base.document(chunk.path).page_at(start))
+
+
+def _most_promising(
+    cosines: dict[int, float], by_terms: dict[int, float], count: int
+) -> list[int]:
+    """The rows worth a full comparison: best by a plain sum of both scores, each by its own best."""
+    best_cosine = max(cosines.values(), default=1.0) or 1.0
+    best_bm25 = max(by_terms.values(), default=1.0) or 1.0
+    return heapq.nlargest(
+        count, cosines,
+        key=lambda row: (cosines[row] / best_cosine + 2 * by_terms.get(row, 0.0) / best_bm25, -row),
+    )
 
 
 def _says_the_same(first: StoredChunk, second: StoredChunk) -> bool:
