@@ -26,7 +26,7 @@ _BULLET = re.compile(
     r"(?:[-–—•●○◦▪■□◆▶►✓*·](?=\s|[^\W\d_])\s*"
     r"|\(?\d{1,3}[.)、．](?!\d)\s*(?=\S)|[（(][一二三四五六七八九十\d]{1,3}[）)]|[一二三四五六七八九十]{1,3}、"
     r"|\[\d{1,3}\]\s|[a-zA-Z][.)]\s|第[零〇一二三四五六七八九十百千万\d]{1,9}(?:分编|编|部分|章|节|条)[\s　]"
-    r"|【[^】]{1,12}】)"
+    r"|【[^】]{1,12}】|\d{1,3}\u3000)"
 )
 _PAGE_NUMBER = re.compile(
     r"[-–—·~\s]*(?:第\s*)?(?:page\s*|p\.\s*)?(\d{1,5}|[ivxlc]{1,7})\s*(?:页|頁)?"
@@ -345,6 +345,8 @@ class _Edges:
         common, count = max(buckets.items(), key=lambda item: (item[1], item[0]))
         if count >= 3 and count >= 0.25 * len(column):
             return left, (common + 0.5) * 0.5 * size
+        if len(ends) < 8:
+            return left, ends[0]
         for end in ends:  # a line or two that run over the edge (long addresses, code) are no edge
             if sum(end - 2.5 * size <= other <= end for other in ends) >= min(3, len(ends)):
                 return left, end
