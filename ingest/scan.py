@@ -14,8 +14,10 @@ from pathlib import Path
 
 from ingest.loaders import find_loader, why_skipped
 from ingest.roots import RootTable, Scope
+from rag.errors import InputError
 
 IGNORE_FILE = ".ragignore"
+_UNREADABLE = "can't be read"
 _TEMPORARY = re.compile(
     r"~\$|\.~|#.*#$|.*~$|.*\.(?:tmp|temp|swp|swo|part|partial|crdownload|download|bak|lock)$"
     r"|(?:Thumbs\.db|desktop\.ini)$",
@@ -43,8 +45,15 @@ class SkippedFile:
 
 @dataclass(frozen=True, slots=True)
 class ScanResult:
+    """`unreadable` are files and folders of which nothing can be said: not that they are gone."""
+
     sources: dict[str, SourceFile]
     skipped: list[SkippedFile]
+    unreadable: tuple[str, ...] = ()
+
+    def hides(self, path: str) -> bool:
+        """Whether this path may be there although it was not found."""
+        return any(path == place or path.startswith(place + "/") for place in self.unreadable)
 
 
 def scan(
@@ -58,6 +67,7 @@ def scan(
     """
     sources: dict[str, SourceFile] = {}
     skipped: dict[str, SkippedFile] = {}
+    unreadable: list[str] = []
     own = Path(os.path.realpath(kb))
     for scope in scopes:
         start = scope.root.folder / scope.inner if scope.inner else scope.root.folder
@@ -75,14 +85,18 @@ def scan(
                 reason = why_skipped(path)
             if reason:
                 skipped[path] = SkippedFile(path, reason)
+                if reason.startswith(_UNREADABLE):
+                    unreadable.append(path)
                 continue
             try:
                 sources[path] = SourceFile(path, file, file.stat().st_size)
             except OSError as error:
-                skipped[path] = SkippedFile(path, f"can't be read: {error.strerror}")
+                skipped[path] = SkippedFile(path, f"{_UNREADABLE}: {error.strerror}")
+                unreadable.append(path)
     return ScanResult(
         {path: sources[path] for path in sorted(sources)},
         [skipped[path] for path in sorted(skipped)],
+        tuple(unreadable),
     )
 
 
@@ -103,7 +117,9 @@ def _walk(start: Path, scope: Scope, own: Path) -> Iterator[tuple[Path, str, str
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
-            yield folder, folder.relative_to(root).as_posix(), f"can't be read: {error.strerror}"
+            if folder == start:
+                raise InputError(f"{folder} {_UNREADABLE}: {error.strerror}.") from error
+            yield folder, folder.relative_to(root).as_posix(), f"{_UNREADABLE}: {error.strerror}"
             continue
         for entry in entries:
             name = entry.name

@@ -442,7 +442,7 @@ def _find_gone(
     gone: set[str] = set()
     absorbed: set[Root] = set(before.roots) - set(after.roots)
     for path in known:
-        if path in kept:
+        if path in kept or found.hides(path):
             continue
         owner = before.owner(path)
         if owner is None or owner in absorbed:

@@ -398,6 +398,28 @@ def test_a_root_inside_of_the_base_stays_when_a_folder_around_it_is_ingested(tmp
     assert both == {"a.txt": "unchanged", name: "unchanged"}
 
 
+def test_a_folder_that_can_not_be_read_for_once_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    docs = tmp_path / "docs"
+    write(docs / "a.txt", "one")
+    write(docs / "locked" / "b.txt", "two")
+    sync_words(tmp_path, docs)
+    real = os.scandir
+
+    def scandir(folder: Any) -> Any:
+        if str(folder).endswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return real(folder)
+
+    monkeypatch.setattr("ingest.scan.os.scandir", scandir)
+    report = sync_words(tmp_path, docs)
+    assert statuses(report) == {"a.txt": "unchanged", "locked": "skipped"}
+    assert report.files[1].error == "can't be read: Permission denied"
+    monkeypatch.undo()
+    assert statuses(sync_words(tmp_path, docs)) == {"a.txt": "unchanged", "locked/b.txt": "unchanged"}
+
+
 def test_links_are_not_followed(tmp_path: Path) -> None:
     docs = tmp_path / "docs"
     write(tmp_path / "outside.txt", "secret")
