@@ -43,6 +43,7 @@ class _Look:
 
     question: str
     question_tokens: list[tuple[int, str]]
+    prompt: str
     inspection: Inspection
 
 
@@ -98,7 +99,8 @@ def _look(question: str, settings: Settings, inspector: Inspector) -> _Look | No
         inspection = inspector.inspect(
             generator.encode(prompt), prompt, stop_ids=generator.stop_ids
         )
-    return _Look(question, inspector.tokenize(question), inspection)
+    shown = prompt.text or "\n\n".join(f"[{m.role}]\n{m.content}" for m in prompt.messages)
+    return _Look(question, inspector.tokenize(question), shown, inspection)
 
 
 def _heading(key: str, note: str) -> None:
@@ -125,6 +127,8 @@ def _show_tokens(look: _Look) -> None:
 
 def _show_written(look: _Look) -> None:
     found = look.inspection
+    with st.expander(say("exact_prompt")):
+        st.code(look.prompt, language=None, wrap_lines=True)
     note = say("inside_written_note", prompt=number(len(found.prompt_ids)), new=number(len(found.steps)))
     _heading("inside_written", note)
     st.html(_token_boxes([(step.token_id, step.token) for step in found.steps]))

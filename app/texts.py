@@ -217,6 +217,7 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "Greedy, before any check: {prompt} prompt tokens, {new} new ones.",
         "贪心解码，未经任何核对：提示 {prompt} 个词元，生成 {new} 个。",
     ),
+    "exact_prompt": ("The exact prompt", "完整的提示"),
     "tokens": ("Tokens", "词元"),
     "tokens_note": (
         "The question as the model reads it. Each box is one token with its number in the vocabulary.",
