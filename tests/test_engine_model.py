@@ -111,14 +111,14 @@ def test_rows_that_share_slots_multiply_with_them_once() -> None:
     (group,) = plan.groups[None]
     assert plan.order == (0, 2, 1)
     assert group.parts == (Part(0, 3, 0, 0, 50),)  # read once for all three tokens
-    assert group.tails is not None and group.tails.length == 10
-    slots = group.tails.slots.view(3, 10).tolist()
-    assert slots[0] == [90, 91, 92, 93, 94, 94, 94, 94, 94, 94]
-    assert slots[1] == [50, 51, 51, 51, 51, 51, 51, 51, 51, 51]
-    assert slots[2] == list(range(200, 210))
+    assert group.tails is not None and group.tails.length == 32
+    slots = group.tails.slots.view(3, 32).tolist()
+    assert slots[0] == [90, 91, 92, 93] + [94] * 28
+    assert slots[1] == [50] + [51] * 31
+    assert slots[2] == [*range(200, 209)] + [209] * 23
     assert group.tails.tokens is not None
     assert group.tails.tokens.tolist() == [[0, 0], [1, 2], [3, 3]]
-    assert (group.width, group.mask_from) == (60, 0)
+    assert (group.width, group.mask_from) == (82, 0)
     assert group.mask is not None
     seen = [row.nonzero().flatten().tolist() for row in ~group.mask[:, 0]]
     assert seen == [
@@ -162,9 +162,19 @@ def test_bfloat16_stays_within_a_bound_of_transformers() -> None:
     exact = make_random_model("qwen3", initializer_range=0.05)
     tokens = random_tokens(60, 1)
     ours = DecoderModel(model)
-    logits = ours.forward([Chunk(tokens, 0, [(0, 60)], 60)], ours.new_pool(64))
-    true = expected_logits(exact, tokens)
-    theirs = (expected_logits(model, tokens).float() - true).abs().max()
+    pool = ours.new_pool(90)
+    pool.values(0, 0, 90).fill_(float("nan"))  # padding must not read what is not there
+    logits = ours.forward([Chunk(tokens, 0, [(0, 60)], 60)], pool)
+    rows = [[*tokens[:45], 7], [*tokens[:40], 8, 9]]
+    chunks = [Chunk([7], 45, [(0, 45), (70, 71)]), Chunk([8, 9], 40, [(0, 40), (80, 82)])]
+    logits = torch.cat([logits, ours.forward(chunks, pool)])
+
+    def by_transformers(other: PreTrainedModel) -> torch.Tensor:
+        last = [expected_logits(other, row)[-1:] for row in rows]
+        return torch.cat([expected_logits(other, tokens), *last]).float()
+
+    true = by_transformers(exact)
+    theirs = (by_transformers(model) - true).abs().max()
     assert (logits - true).abs().max() < 1.5 * theirs  # no worse than transformers' own rounding
 
 

@@ -17,6 +17,7 @@ from rag.engine.kvcache import Extent, KVPool, cut_extents, extents_length
 
 SHORT_CHUNK = 24  # chunks up to this many tokens share one group: decoding rows, with drafts
 LONGEST_TAIL = 320  # a row's own slots beyond this many are read in place, not gathered
+_TAIL_STEP = 32  # tails are padded to a multiple of this: fewer shapes, see KVPool.padding
 _NEVER = float("-inf")
 
 
@@ -204,7 +205,7 @@ def _group(
 def _gather(
     rows: Sequence[Chunk], tails: Sequence[Sequence[Extent]], device: torch.device
 ) -> Tails:
-    length = max(extents_length(tail) for tail in tails)
+    length = -(-max(extents_length(tail) for tail in tails) // _TAIL_STEP) * _TAIL_STEP
     slots: list[int] = []
     for row, tail in zip(rows, tails, strict=True):
         own = [slot for start, end in tail for slot in range(start, end)]
@@ -291,9 +292,12 @@ def _attend_one(
 ) -> torch.Tensor:
     """All tokens of the group read the same slots."""
     part = group.parts[0]
-    scores = _scores(queries, pool.keys(layer, part.slot, part.slot + part.length))
+    end = part.slot + part.length
+    scores = _scores(queries, pool.padded_keys(layer, part.slot, end))
+    if scores.shape[-1] > part.length:
+        scores[..., part.length :] = _NEVER
     probabilities = _masked_softmax(scores, group, softcap).flatten(1, 2)
-    values = pool.values(layer, part.slot, part.slot + part.length)
+    values = pool.padded_values(layer, part.slot, end)
     return torch.bmm(probabilities, values).view(queries.shape)
 
 
@@ -305,20 +309,20 @@ def _attend_many(
     # Columns that nobody writes are covered by the mask.
     scores = queries.new_empty(kv_heads, count, heads, group.width)
     for part in group.parts:
-        keys = pool.keys(layer, part.slot, part.slot + part.length)
+        keys = pool.padded_keys(layer, part.slot, part.slot + part.length)
         columns = slice(part.column, part.column + part.length)
-        scores[:, part.begin : part.end, :, columns] = _scores(
-            queries[:, part.begin : part.end], keys
-        )
+        found = _scores(queries[:, part.begin : part.end], keys)
+        scores[:, part.begin : part.end, :, columns] = found[..., : part.length]
     if group.tails is not None:
         _write_tail_scores(scores, queries, pool, layer, group.tails)
     probabilities = _masked_softmax(scores, group, softcap)
     # Sums of several products: rounded once, at the end.
     mixed = torch.zeros(queries.shape, dtype=torch.float32, device=queries.device)
     for part in group.parts:
-        values = pool.values(layer, part.slot, part.slot + part.length)
+        values = pool.padded_values(layer, part.slot, part.slot + part.length)
         columns = slice(part.column, part.column + part.length)
         weights = probabilities[:, part.begin : part.end, :, columns].flatten(1, 2)
+        weights = torch.nn.functional.pad(weights, (0, values.shape[1] - part.length))
         product = torch.bmm(weights, values)
         mixed[:, part.begin : part.end] += product.view(kv_heads, -1, heads, product.shape[-1])
     if group.tails is not None:
@@ -330,8 +334,8 @@ def _scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """(kv heads, tokens, heads, D) x (kv heads, n, D) -> (kv heads, tokens, heads, n)."""
     kv_heads, count, heads, dim = queries.shape
     flat = queries.reshape(kv_heads, -1, dim)
-    if flat.shape[1] <= 64:
-        # Few queries: the keys as the left factor are read once, in the order they lie in.
+    if flat.shape[1] <= 64 and keys.dtype != torch.float32:
+        # Few queries: with the keys as the left factor oneDNN reads them in the order they lie in.
         found = torch.bmm(keys, flat.transpose(1, 2)).transpose(1, 2)
     else:
         found = torch.bmm(flat, keys.transpose(1, 2))
@@ -381,5 +385,5 @@ def _masked_softmax(scores: torch.Tensor, group: Group, softcap: float | None) -
     if softcap is not None:
         scores = scores.div_(softcap).tanh_().mul_(softcap)
     if group.mask is not None:
-        scores[..., group.mask_from :].masked_fill_(group.mask, _NEVER)
+        scores[..., group.mask_from : group.width].masked_fill_(group.mask, _NEVER)
     return scores.softmax(-1)

@@ -363,6 +363,10 @@ class KVPool:
         device: torch.device,
     ) -> None:
         self.capacity = capacity
+        # oneDNN, which multiplies 16-bit numbers on a CPU, builds a kernel for every new shape, in
+        # more time than many a product takes. Lengths are then rounded up to a multiple of this.
+        self.padding = 64 if device.type == "cpu" and dtype.itemsize == 2 else 1
+        self._scratch = torch.empty(0, dtype=dtype, device=device)
         shape = (num_kv_heads, capacity, head_dim)
         self._keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self._values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
@@ -378,6 +382,29 @@ class KVPool:
     def values(self, layer: int, start: int, end: int) -> torch.Tensor:
         """(kv heads, end - start, head dim), a view."""
         return self._values[layer][:, start:end]
+
+    def padded_keys(self, layer: int, start: int, end: int) -> torch.Tensor:
+        """(kv heads, end - start rounded up, head dim), zeros at the end; valid until the next
+        padded read. A view of the pool where nothing is rounded."""
+        return self._padded(self.keys(layer, start, end))
+
+    def padded_values(self, layer: int, start: int, end: int) -> torch.Tensor:
+        """As `padded_keys`."""
+        return self._padded(self.values(layer, start, end))
+
+    def _padded(self, part: torch.Tensor) -> torch.Tensor:
+        if self.padding == 1:
+            return part
+        # A product of a part of the pool would copy it anyway.
+        kv_heads, length, dim = part.shape
+        padded = -(-length // self.padding) * self.padding
+        size = kv_heads * padded * dim
+        if self._scratch.numel() < size:
+            self._scratch = part.new_empty(size)
+        copy = self._scratch[:size].view(kv_heads, padded, dim)
+        copy[:, :length] = part
+        copy[:, length:] = 0
+        return copy
 
     def gather_keys(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
         """(kv heads, n, head dim), a copy of the listed slots."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from rag.engine.attention import Chunk, attend, plan_attention
+from rag.engine.attention import SHORT_CHUNK, Chunk, attend, plan_attention
 from rag.engine.kvcache import Extent, KVPool
 from rag.engine.linear import Int8Linear, PackedLinear, Product, make_linear
 
@@ -175,12 +175,18 @@ class DecoderModel:
         positions = flat_positions(ordered)
         slots = new_slots(ordered, self.device)
         cos, sin = self._rotation(positions)
-        x = self._embedding[torch.tensor(tokens, device=self.device)]  # (T, hidden)
+        # Rows that nobody reads: see KVPool.padding. Few rows come in few numbers anyway.
+        padded = len(tokens)
+        if padded > SHORT_CHUNK:
+            padded = -(-padded // pool.padding) * pool.padding
+        ids = torch.tensor(tokens + [0] * (padded - len(tokens)), device=self.device)
+        x = self._embedding[ids]  # (T padded, hidden)
         for index, layer in enumerate(self._layers):
             h = F.rms_norm(x, x.shape[1:], layer.input_norm, self.eps)
             queries = self._project(layer, index, h, cos, sin, slots, pool)
             mixed = attend(queries, pool, index, plan.groups[layer.window])
-            mixed = mixed.transpose(0, 1).reshape(x.shape[0], -1)  # (T, heads * D)
+            mixed = mixed.transpose(0, 1).reshape(len(tokens), -1)  # (T, heads * D)
+            mixed = F.pad(mixed, (0, 0, 0, padded - len(tokens)))
             x = x + layer.output(mixed)
             h = F.rms_norm(x, x.shape[1:], layer.post_norm, self.eps)
             h = layer.gate_up(h)
@@ -200,7 +206,9 @@ class DecoderModel:
     ) -> torch.Tensor:
         """Store keys and values; return queries (kv heads, T, heads of a group, D), scaled."""
         turned = self.num_heads + self.num_kv_heads
+        length = cos.shape[0]
         qkv = layer.qkv(h).view(h.shape[0], -1, self.head_dim)  # (T, heads + 2 kv heads, D)
+        qkv = qkv[:length]
         qk = qkv[:, :turned]
         if layer.qk_norm is not None:
             qk = F.rms_norm(qk, (self.head_dim,), None, self.eps) * layer.qk_norm
@@ -208,7 +216,7 @@ class DecoderModel:
         qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
         pool.write(index, slots, qk[:, self.num_heads :], qkv[:, turned:])
         queries = qk[:, : self.num_heads] * self._scale
-        grouped = queries.view(h.shape[0], self.num_kv_heads, -1, self.head_dim)
+        grouped = queries.view(length, self.num_kv_heads, -1, self.head_dim)
         return grouped.transpose(0, 1).contiguous()
 
     def _rotation(self, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
