@@ -15,7 +15,13 @@ from rag.citations import check_citations, is_refusal, strip_markers
 from rag.confidence import Calibration
 from rag.embedder import Embedder, load_embedder
 from rag.errors import InputError
-from rag.evidence import RankedEvidence, rank_sentences, support_features, support_probability
+from rag.evidence import (
+    RankedEvidence,
+    quotations,
+    rank_sentences,
+    support_features,
+    support_probability,
+)
 from rag.followup import search_question
 from rag.knowledge import KnowledgeBase
 from rag.language import REFUSAL
@@ -27,7 +33,6 @@ if TYPE_CHECKING:
     from rag.generator import GenerationResult, Generator
 
 History = Sequence[tuple[str, str]]
-_SECOND_QUOTE = 1.2  # a second sentence is quoted where its score is this near to the best
 _BATCH = 32  # questions whose prompts are given to the engine together
 
 
@@ -183,15 +188,14 @@ class Rag:
         """Find the sentences that answer, and whether anything does."""
         weighed = retrieval.weighed
         evidence = rank_sentences(
-            weighed.text, weighed.terms, weighed.weights, retrieval.hits, language=weighed.language
+            weighed.text, weighed.terms, weighed.weights, retrieval.hits
         )
         support, threshold = 0.0, 1.0
         if evidence.sentences:
             features = support_features(
-                weighed.terms, weighed.weights, evidence=evidence, hit=retrieval.best_match,
-                pool=retrieval.pool_match, unknown_terms=weighed.unknown_terms,
+                weighed.terms, evidence=evidence, hit=retrieval.best_match, pool=retrieval.pool_match
             )
-            support, threshold = support_probability(features, weighed.language)
+            support, threshold = support_probability(features)
         return _Plan(
             question=question, retrieval=retrieval, evidence=evidence, support=support,
             refuse=support < threshold, seconds_retrieval=time.perf_counter() - began, began=began,
@@ -257,24 +261,21 @@ class Rag:
         )
 
     def _quotation(self, plan: _Plan, stats: GenerationStats) -> Answer:
-        """The best-supported sentence, and the next one of the ranking where it is as good."""
-        best = plan.evidence.sentences[0]
-        chosen = [
-            sentence for sentence in plan.evidence.sentences[:2]
-            if sentence is best or best.score - sentence.score < _SECOND_QUOTE
-        ]
-        citations = tuple(
-            Citation(
-                marker=item.hit_number, path=plan.retrieval.hits[item.hit_number - 1].chunk.path,
-                page=self._page_at(plan.retrieval.hits[item.hit_number - 1].chunk.path, item.start),
-                start=item.start, end=item.end, quote=item.text,
+        """The best-supported sentence; where others are nearly as likely to answer, those too."""
+        hits = plan.retrieval.hits
+        quotes = quotations(plan.evidence.sentences)
+        citations = []
+        lines = []
+        for number, start, end in quotes:
+            chunk = hits[number - 1].chunk
+            quote = chunk.text[start - chunk.start : end - chunk.start]
+            citations.append(
+                Citation(number, chunk.path, self._page_at(chunk.path, start), start, end, quote)
             )
-            for item in chosen
-        )
-        text = "\n".join(f"{' '.join(item.text.split())} [{item.hit_number}]" for item in chosen)
+            lines.append(f"{' '.join(quote.split())} [{number}]")
         return Answer(
-            question=plan.question, text=text, kind="quoted", citations=citations,
-            hits=plan.retrieval.hits, confidence=plan.support, stats=stats,
+            question=plan.question, text="\n".join(lines), kind="quoted", citations=tuple(citations),
+            hits=hits, confidence=plan.support, stats=stats,
         )
 
     def _stats(self, plan: _Plan, result: GenerationResult) -> GenerationStats:

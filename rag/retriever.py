@@ -16,7 +16,8 @@ from rag.knowledge import KnowledgeBase, StoredChunk
 from rag.language import Language, detect_language
 from rag.ranking import FEATURES, Candidate, match_features, rank
 from rag.sentences import best_sentence_start
-from rag.term_weights import term_weights
+from rag.soft_match import bundled_table
+from rag.term_weights import background, term_weights
 from rag.terms import question_terms
 
 CANDIDATES = 48  # from each of dense and term search, and compared in full
@@ -62,6 +63,8 @@ class Retriever:
 
     def __init__(self, base: KnowledgeBase, embedder: Embedder) -> None:
         base.check_embedder(embedder)
+        background()  # read now, so that the first question is as quick as the rest
+        bundled_table()
         self.base = base
         self.embedder = embedder
         self._facts: _CollectionFacts | None = None

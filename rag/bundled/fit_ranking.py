@@ -31,8 +31,8 @@ from rag.retriever import CANDIDATES, Retriever, WeighedQuestion
 
 HERE = Path(__file__).parent
 PASSAGES_GIVEN = 4
-ANSWERABLE_PRIOR = 3.0  # people ask their documents mostly what stands in them
-_SUPPORT_SIGNS = {"bias": 2, "wrong_kind": -1, "unknown": -1, "terms": 2}
+ANSWERABLE_PRIOR = 5.0  # people ask their documents mostly what stands in them
+_SUPPORT_SIGNS = {"bias": 2, "wrong_kind": -1, "terms": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,16 +227,13 @@ def _sentence_lists(
 
 
 def _support_rows(
-    items: Sequence[Searched], weights: np.ndarray, sentence_weights: np.ndarray,
-    base: KnowledgeBase,
+    items: Sequence[Searched], weights: np.ndarray, sentence_weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     rows, labels = [], []
     for item in items:
         if item.gold is None:
             continue
         scores = item.features @ weights
-        counts = base.term_counts(item.weighed.terms)
-        gold_terms = set(item.stored[item.gold].body_terms)
         for without_gold in (False, True):
             hits, order = _hits(item, scores, without_gold=without_gold)
             if not hits or (not without_gold and item.gold not in order):
@@ -250,13 +247,9 @@ def _support_rows(
             ranked = evidence.RankedEvidence(
                 (), features[int(np.argmax(features @ sentence_weights))], np.median(features, axis=0)
             )
-            unknown = frozenset(
-                term for term in weighed.terms
-                if counts[term] - (1 if without_gold and term in gold_terms else 0) <= 0
-            )
             rows.append(evidence.support_features(
-                weighed.terms, weighed.weights, evidence=ranked, hit=item.features[order].max(axis=0),
-                pool=np.median(item.features, axis=0), unknown_terms=unknown,
+                weighed.terms, evidence=ranked, hit=item.features[order].max(axis=0),
+                pool=np.median(item.features, axis=0),
             ))
             labels.append(not without_gold)
     return np.array(rows), np.array(labels)
@@ -270,17 +263,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the .jsonl.xz files")
     parser.add_argument("--embedder", default="bundled")
     parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--questions", type=int, default=2500, help="most questions of a language")
+    parser.add_argument("--questions", type=int, default=1300, help="most questions of a language")
     parser.add_argument("--passages", type=int, default=4000, help="most passages of a language")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     rng = random.Random(options.seed)
     embedder = load_embedder(options.embedder)
-    fitted: dict[str, dict[str, dict[str, float]]] = {"ranking": {}, "sentence": {}, "support": {}}
-    figures: dict[str, dict[str, float]] = {}
+    fit_parts: dict[Language, list[Searched]] = {}
+    test_parts: dict[Language, list[Searched]] = {}
     work = Path(tempfile.mkdtemp(prefix="fit-ranking-"))
     try:
-        for language in ("en", "zh"):
+        languages: tuple[Language, ...] = ("en", "zh")
+        for language in languages:
             questions, passages = questions_of(options.data, language)
             rng.shuffle(questions)
             questions = questions[: options.questions]
@@ -292,53 +286,82 @@ def main() -> None:
             titles = titles_of(options.data) if language == "en" else {}
             base = build_base(mixed, titles, embedder, work / language)
             items = list(search(Retriever(base, embedder), questions))
-            figures[language] = _fit_language(language, items, base, fitted)
-            print(language, len(items), "questions", json.dumps(figures[language]), flush=True)
+            cut = int(len(items) * 0.7)
+            fit_parts[language], test_parts[language] = items[:cut], items[cut:]
+            print(f"{language}: {len(items)} questions searched", flush=True)
+        _fit_and_write(fit_parts, test_parts, options.out)
     finally:
         shutil.rmtree(work)
-    _write(options.out / "ranking.json", {"weights": fitted["ranking"], "figures": figures})
-    _write(options.out / "evidence.json", {"sentence": fitted["sentence"], "support": fitted["support"]})
 
 
-def _fit_language(
-    language: Language, items: list[Searched], base: KnowledgeBase,
-    fitted: dict[str, dict[str, dict[str, float]]],
-) -> dict[str, float]:
-    """Fit on the first 70%, measure on the rest. Returns the figures of the rest."""
-    cut = int(len(items) * 0.7)
-    parts = (items[:cut], items[cut:])
-    lists = [
-        [(i.features, np.arange(len(i.stored)) == i.gold) for i in part if i.gold is not None]
-        for part in parts
-    ]
-    passage = fit_listwise(lists[0], ranking.FEATURES, signs=_PASSAGE_SIGNS)
-    if language == "zh":  # no Chinese collection here has titles
-        english = fitted["ranking"]["en"]
-        passage["place"] = round(passage["coverage"] * english["place"] / english["coverage"], 5)
-    vector = np.array(list(passage.values()))
-    sentence_lists = [_sentence_lists(part, vector) for part in parts]
-    sentence = fit_listwise(sentence_lists[0], evidence.FEATURES, signs=_SENTENCE_SIGNS)
-    if language == "zh":
-        sentence["place"] = fitted["sentence"]["en"]["place"]
+def _fit_and_write(
+    fit_parts: dict[Language, list[Searched]], test_parts: dict[Language, list[Searched]],
+    out: Path,
+) -> None:
+    """Fit on 70% of the questions, measure on the rest.
+
+    Passage weights are fitted for each language, sentence and support weights on both together.
+    """
+    passage = {
+        language: fit_listwise(_passage_lists(items), ranking.FEATURES, signs=_PASSAGE_SIGNS)
+        for language, items in fit_parts.items()
+    }
+    # No Chinese collection here has titles to fit on.
+    share = passage["en"]["place"] / passage["en"]["coverage"]
+    passage["zh"]["place"] = round(share * passage["zh"]["coverage"], 5)
+    vectors = {language: np.array(list(weights.values())) for language, weights in passage.items()}
+    sentence = fit_listwise(
+        [row for language, items in fit_parts.items() for row in _sentence_lists(items, vectors[language])],
+        evidence.FEATURES, signs=_SENTENCE_SIGNS,
+    )
     sentence_vector = np.array(list(sentence.values()))
-    rows, labels = _support_rows(parts[0], vector, sentence_vector, base)
-    support, threshold = fit_support(rows, labels)
-    test_rows, test_labels = _support_rows(parts[1], vector, sentence_vector, base)
-    said = 1 / (1 + np.exp(-(test_rows @ np.array(list(support.values()))))) >= threshold
-    fitted["ranking"][language] = passage
-    fitted["sentence"][language] = sentence
-    fitted["support"][language] = {**support, "threshold": round(threshold, 3)}
-    found = len(lists[1]) / max(1, len(parts[1]))
+    print("passages and sentences fitted", flush=True)
+    parts = [
+        _support_rows(items, vectors[language], sentence_vector)
+        for language, items in fit_parts.items()
+    ]
+    support, threshold = fit_support(
+        np.concatenate([rows for rows, _ in parts]), np.concatenate([labels for _, labels in parts])
+    )
+    figures = {
+        language: _measure(items, passage[language], sentence, support, threshold)
+        for language, items in test_parts.items()
+    }
+    _write(out / "ranking.json", {"weights": passage, "figures": figures})
+    _write(out / "evidence.json", {"sentence": sentence, "support": support, "threshold": round(threshold, 3)})
+    print(json.dumps(figures, indent=1))
+
+
+def _passage_lists(items: Sequence[Searched]) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [
+        (item.features, np.arange(len(item.stored)) == item.gold)
+        for item in items if item.gold is not None
+    ]
+
+
+def _measure(
+    items: Sequence[Searched], passage: dict[str, float], sentence: dict[str, float],
+    support: dict[str, float], threshold: float,
+) -> dict[str, float]:
+    """Figures on questions that nothing was fitted on."""
+    lists = _passage_lists(items)
+    found = len(lists) / max(1, len(items))
+    vector = np.array(list(passage.values()))
     only = {name: dict.fromkeys(ranking.FEATURES, 0.0) | {name: 1.0} for name in ("bm25", "dense")}
-    kept, refused = float(said[test_labels].mean()), float((~said[~test_labels]).mean())
+    rows, labels = _support_rows(items, vector, np.array(list(sentence.values())))
+    probability = 1 / (1 + np.exp(-(rows @ np.array(list(support.values())))))
+    said = probability >= threshold
+    above = probability[labels][:, None] > probability[~labels][None, :]
     return {
-        "found": round(found, 4),
-        "hit@1": round(first_right(lists[1], passage) * found, 4),
-        "hit@1 bm25": round(first_right(lists[1], only["bm25"]) * found, 4),
-        "hit@1 dense": round(first_right(lists[1], only["dense"]) * found, 4),
-        "sentence@1": round(first_right(sentence_lists[1], sentence), 4),
-        "answerable kept": round(kept, 4),
-        "unanswerable refused": round(refused, 4),
+        "questions": len(items),
+        "gold among candidates": round(found, 4),
+        "hit@1": round(first_right(lists, passage) * found, 4),
+        "hit@1 bm25": round(first_right(lists, only["bm25"]) * found, 4),
+        "hit@1 dense": round(first_right(lists, only["dense"]) * found, 4),
+        "sentence@1": round(first_right(_sentence_lists(items, vector), sentence), 4),
+        "support AUC": round(float(above.mean()), 4),
+        "answerable kept": round(float(said[labels].mean()), 4),
+        "unanswerable refused": round(float((~said[~labels]).mean()), 4),
     }
 
 

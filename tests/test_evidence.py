@@ -1,0 +1,79 @@
+import math
+
+import pytest
+
+from rag.answer import Hit
+from rag.document import Chunk
+from rag.evidence import Evidence, asked_for, quotations, rank_sentences
+from rag.sentences import best_sentence_start, sentence_spans
+from rag.term_weights import term_weights
+from rag.terms import question_terms
+
+
+def split(text):
+    return [text[start:end] for start, end in sentence_spans(text)]
+
+
+def test_sentences_end_at_the_marks_of_both_languages():
+    assert split("甲方付款。乙方交货！是吗？好；行") == ["甲方付款。", "乙方交货！", "是吗？", "好；", "行"]
+    assert split("It is 3.5 m. Really? Yes.") == ["It is 3.5 m.", "Really?", "Yes."]
+
+
+def test_a_point_inside_a_number_version_or_abbreviation_ends_nothing():
+    for text in ("Use v2.1 here.", "See e.g. this one.", "圆周率是 3.14、e.g. 和 v2.0。", "Dr. Li came."):
+        assert split(text) == [text]
+
+
+def test_a_line_is_a_sentence():
+    assert split("| a | b |\n| 1 | 2 |\n\n- item") == ["| a | b |", "| 1 | 2 |", "- item"]
+
+
+def test_the_best_sentence_is_the_one_with_most_weight():
+    text = "Cats sleep. Dogs bark at cats. Birds sing."
+    assert best_sentence_start(text, {"dog": 1.0, "bark": 1.0, "cat": 0.5}) == text.index("Dogs")
+    assert best_sentence_start(text, {"fish": 1.0}) == 0
+
+
+@pytest.mark.parametrize(
+    ("question", "kinds"),
+    [("How many pages?", {"number"}), ("合同哪一年生效？", {"time"}), ("Why is it so?", {"reason"}), ("谁付款？", {"name"})],
+)
+def test_what_is_asked_for_is_seen_in_both_languages(question, kinds):
+    assert asked_for(question) == kinds
+
+
+def ranked(question, *passages):
+    terms = question_terms(question)
+    hits = [Hit(Chunk("a", text, 0, len(text)), 1.0) for text in passages]
+    return rank_sentences(question, terms, term_weights(terms, {}, 0), hits).sentences
+
+
+def test_the_sentence_that_has_what_is_asked_for_wins():
+    first = ranked("When was the bridge built?", "The bridge is made of stone. The bridge was built in 1786.")[0]
+    assert first.text == "The bridge was built in 1786."
+
+
+def test_other_words_for_the_same_are_understood():
+    first = ranked("How do I remove a program?", "Click here to start. To uninstall software, open the panel.")[0]
+    assert first.text == "To uninstall software, open the panel."
+
+
+def test_a_heading_is_never_quoted():
+    assert [item.text for item in ranked("What is a page?", "# What is a page?\nA page holds 16 tokens.")] == [
+        "A page holds 16 tokens."
+    ]
+
+
+def sentence(number, start, end, score):
+    return Evidence(number, start, end, "x" * (end - start), score)
+
+
+def test_one_clear_winner_is_quoted_alone_and_equals_together():
+    assert quotations([sentence(1, 0, 9, 5.0), sentence(1, 10, 20, 0.0)]) == [(1, 0, 9)]
+    # Two equal sentences have one half each: 0.5 < 0.75, so both are needed.
+    assert quotations([sentence(2, 0, 9, 1.0), sentence(1, 30, 40, 1.0)]) == [(2, 0, 9), (1, 30, 40)]
+
+
+def test_neighbours_become_one_quotation_and_never_more_than_three():
+    equal = [sentence(1, 10 * at, 10 * at + 9, math.log(2)) for at in (1, 0, 3, 4)]
+    assert quotations(equal) == [(1, 0, 19), (1, 30, 39)]
