@@ -84,7 +84,7 @@ def run_peer(files: list[Path], model_name: str, limit: float) -> tuple[int, int
 
     model = SentenceTransformer(model_name)
     splitter = RecursiveCharacterTextSplitter(chunk_size=1000, chunk_overlap=200)
-    index = faiss.IndexFlatL2(model.get_sentence_embedding_dimension())
+    index = faiss.IndexFlatL2(model.encode(["one"]).shape[1])
     size = 0
     began = time.perf_counter()
     for file in files:
