@@ -108,7 +108,8 @@ class Unsupported(Exception):
 
 
 class TransformersModel:
-    """A transformers model over a pool. Same calls as DecoderModel."""
+    """A transformers model over a pool. Same calls as DecoderModel. The model belongs to the engine
+    from then on: called by itself it would miss its attention."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Raises Unsupported, with the model as it was."""
@@ -128,6 +129,8 @@ class TransformersModel:
         if "dynamic" in str(rope) or "longrope" in str(rope):
             raise Unsupported("its RoPE changes with the length")
         plain = model.config._attn_implementation
+        if plain == ATTENTION:  # a second engine over one model
+            plain = "eager"
         try:
             model.set_attn_implementation(ATTENTION)
             self._read_layers(config)
