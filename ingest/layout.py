@@ -359,7 +359,7 @@ def _continues(last: Line, line: Line, edges: _Edges, num_lines: int) -> bool:
         return True
     if last.is_bold != line.is_bold or not _is_same_size(last, line):
         return False
-    if _CONTENTS_LINE.search(last.text):
+    if _CONTENTS_LINE.search(last.text) or max(len(_cells(last)), len(_cells(line))) >= 3:
         return False
     pitch = last.y0 - line.y0
     if pitch <= 0:  # further up: the next column, or a page laid out in an unusual order

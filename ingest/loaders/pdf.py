@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ingest.builder import clean_line
@@ -22,6 +23,9 @@ _SCAN_SHARE = 0.45  # of the page's area, for a picture to count as the scan of 
 _GARBLED_SHARE = 0.2  # of a page's characters that mean nothing, for the page to be reported
 _WIDE_LINE = 0.25  # of the page's width, from which a line may be a table's row or of two columns
 _WIDE_GAP = 0.9  # of a line's height; a space between words is about a third of it
+_SPREAD = 1.03  # times a line's usual width for its characters, from which it may hold gaps
+_LATIN_SPREAD = 0.45  # a Latin letter's width, times the line's height
+_NO_LINE = Line(" ", 0.0, 0.0, 0.0, 0.0)
 _SPACE_RUN = re.compile(r" +")
 # pdfium writes this in place of a hyphen at a line's end, and no line break behind it
 _HYPHEN = "\ufffe"
@@ -39,7 +43,7 @@ class PdfLoader:
 
     media_type = "pdf"
     suffixes: tuple[str, ...] = (".pdf",)
-    version = 2
+    version = 3
 
     def load(self, file: Path, path: str) -> Document:
         import pypdfium2 as pdfium
@@ -194,14 +198,22 @@ def _read_lines(textpage: Any, width: float, height: float) -> tuple[list[Line],
         x0, x1 = places[0][0], max(places[0][0], places[2][2])
         is_bold = all(boxes.is_bold_at(place) for place in (first, middle, last))
         line = Line(text[first : last + 1], x0, x1, y0, y0 + size, is_bold, is_hyphenated)
-        if x1 - x0 > _WIDE_LINE * width:
-            # pdfium joins what is drawn on one height: cells of a row, lines of two columns.
+        lines.append(line)
+    usual = median((line.x1 - line.x0) / len(line.text) / line.height for line in lines or [_NO_LINE])
+    if text.isascii():
+        usual = min(usual, _LATIN_SPREAD)  # on a page of nothing but a table, all lines are wide
+    for line, (first, last, _) in zip(lines, spans, strict=True):
+        # pdfium joins what is drawn on one height: cells of a row, lines of two columns. Their gaps
+        # are looked for where a line was drawn in pieces, or is wide for its number of characters.
+        if line.x1 - line.x0 > _WIDE_LINE * width and (
+            (line.x1 - line.x0) / len(line.text) / line.height > _SPREAD * usual
+            or boxes.count_parts(first, last) > 1
+        ):
             for space in _SPACE_RUN.finditer(line.text):
                 gap_start = boxes.at(first + space.start() - 1)[2]
                 gap_end = boxes.at(first + space.end())[0]
-                if gap_end - gap_start > _WIDE_GAP * size:
+                if gap_end - gap_start > _WIDE_GAP * line.height:
                     line.gaps.append(Gap(space.start(), space.end(), gap_start, gap_end))
-        lines.append(line)
     rising = sum(lower.y0 > upper.y0 for upper, lower in zip(lines, lines[1:], strict=False))
     if rising > 0.7 * max(1, len(lines) - 1):  # pdfium orders the lines of a turned page from its foot
         lines.reverse()
@@ -221,6 +233,7 @@ class _Boxes:
         self._box = raw.FS_RECTF()
         self._read_box = raw.FPDFText_GetLooseCharBox
         self._read_weight = raw.FPDFText_GetFontWeight
+        self._count_rects = raw.FPDFText_CountRects
         self.turn = "right"  # the direction in which lines run: "right", "up", "down", "left"
 
     def at(self, place: int) -> tuple[float, float, float, float]:
@@ -241,6 +254,11 @@ class _Boxes:
     def is_bold_at(self, place: int) -> bool:
         index = self._indices[place] if self._indices else place
         return bool(self._read_weight(self._textpage, index) >= 600)
+
+    def count_parts(self, first: int, last: int) -> int:
+        """Of how many separately drawn pieces this stretch of text consists."""
+        first, last = (self._indices[first], self._indices[last]) if self._indices else (first, last)
+        return int(self._count_rects(self._textpage, first, last - first + 1))
 
     def find_turn(self, spans: list[tuple[int, int]]) -> None:
         """Set `turn` by the direction in which most of the lines run."""
