@@ -14,9 +14,22 @@ from rag.document import Document, Heading, Page
 _SPACE = re.compile(r"[ \t\u00a0\u2000-\u200a\u202f\u205f\f\v]+")
 
 
+# Marks that show nothing and part words for a search: hyphens that are only possible, joiners.
+# Ligatures are written out.
+_INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"), "") | str.maketrans(
+    {"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "st", "ﬆ": "st"}
+)
+
+
 def clean_line(text: str) -> str:
-    """One line: line breaks and runs of spaces become one space."""
-    return _SPACE.sub(" ", text.replace("\r", " ").replace("\n", " ")).strip()
+    """One line: line breaks and runs of spaces become one space, invisible marks go."""
+    text = text.replace("\r", " ").replace("\n", " ")
+    return _SPACE.sub(" ", spell_out(text)).strip()
+
+
+def spell_out(text: str) -> str:
+    """Without marks that show nothing, and with ligatures as letters."""
+    return text if text.isascii() else text.translate(_INVISIBLE)
 
 
 class DocumentBuilder:

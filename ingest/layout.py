@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from ingest.builder import DocumentBuilder, format_table
+from ingest.builder import DocumentBuilder, format_table, spell_out
 from ingest.outline import add_articles, find_counted_headings, find_numbered_headings
 from rag.document import Document, Heading
 
@@ -457,13 +457,14 @@ def _join_lines(paragraph: _Paragraph, vocabulary: set[str]) -> tuple[str, list[
     if paragraph.is_table:
         return format_table([_cells(line) for _, line in paragraph.lines]), []
     number, first = paragraph.lines[0]
-    text = first.text
+    text = spell_out(first.text)
     page_offsets: list[tuple[int, int]] = []
     is_hyphenated = first.is_hyphenated
     for page, line in paragraph.lines[1:]:
-        text = _join_two(text, line.text, is_hyphenated, vocabulary)
+        following = spell_out(line.text)
+        text = _join_two(text, following, is_hyphenated, vocabulary)
         if page != number:
-            page_offsets.append((page, len(text) - len(line.text)))
+            page_offsets.append((page, len(text) - len(following)))
             number = page
         is_hyphenated = line.is_hyphenated
     if len(page_offsets) == 0:

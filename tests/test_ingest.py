@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,6 +238,8 @@ def test_watch_ingests_what_changes(tmp_path: Path) -> None:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
     )
     assert process.stdout is not None and process.stderr is not None
+    watchdog = threading.Timer(60, process.kill)  # rather fail than wait for a line for ever
+    watchdog.start()
     try:
         lines = iter(process.stdout.readline, "")
         assert next(lines) == "+ a.txt (1 chunk)\n"
@@ -245,6 +248,7 @@ def test_watch_ingests_what_changes(tmp_path: Path) -> None:
         write(docs / "b.txt", "two")
         assert next(lines) == "+ b.txt (1 chunk)\n"
     finally:
+        watchdog.cancel()
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=20) == 130
         process.stdout.close()

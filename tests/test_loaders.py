@@ -198,6 +198,11 @@ def test_html_is_read_as_a_reader_sees_it(tmp_path: Path) -> None:
     assert titles(document) == [(1, "KV cache"), (2, "Sizes")]
 
 
+def test_marks_that_show_nothing_do_not_part_words(tmp_path: Path) -> None:
+    document = load(tmp_path, "a.html", "<p>infor&shy;mation, zero\u200bwidth, e\ufb03cient</p>")
+    assert document.text == "information, zerowidth, efficient"
+
+
 def test_html_without_structure_keeps_all_its_text(tmp_path: Path) -> None:
     document = load(tmp_path, "a.htm", "just <i>words</i><br>and more & more &eacute;")
     assert document.text == "just words\nand more & more é"
