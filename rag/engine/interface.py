@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal, Protocol
+
+from rag.errors import GeneratorError
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,3 +97,27 @@ class Engine(Protocol):
     def description(self) -> str:
         """Which forward runs and what is reused, in a few words."""
         ...
+
+
+def check_request(request: Request, context_length: int) -> None:
+    """Raise GeneratorError where the request is empty or too long for the context."""
+    prompt, new = len(request.prompt_ids), request.max_new_tokens
+    if prompt == 0:
+        raise GeneratorError("the prompt is empty: there is nothing to continue.")
+    if new < 1:
+        raise GeneratorError(f"max_new_tokens is {new}; it must be at least 1.")
+    if prompt + new > context_length:
+        raise GeneratorError(
+            f"{prompt} prompt tokens + {new} new tokens = {prompt + new} exceed the context of "
+            f"{context_length}. Shorten the prompt or lower max_new_tokens."
+        )
+    starts, asked = request.block_starts, request.question_start
+    if starts and not (
+        all(low < high for low, high in pairwise((*starts, asked)))
+        and 0 < starts[0]
+        and asked < prompt
+    ):
+        raise GeneratorError(
+            f"block starts {starts} with the question at {asked} do not divide a prompt of {prompt} "
+            "tokens into an opening, passages and a question."
+        )

@@ -22,7 +22,7 @@ import torch
 
 from rag.engine.attention import Chunk
 from rag.engine.drafting import Drafter
-from rag.engine.interface import Event, FinishEvent, Request, TokenEvent
+from rag.engine.interface import Event, FinishEvent, Request, TokenEvent, check_request
 from rag.engine.kvcache import (
     CacheStats,
     Extent,
@@ -35,7 +35,6 @@ from rag.engine.kvcache import (
     join_extents,
 )
 from rag.engine.sampling import Logits, Sampler
-from rag.engine.slots import check_request
 from rag.errors import GeneratorError
 
 _RESERVE = 256  # slots asked ahead for new tokens, so that a row's own tokens stay neighbours

@@ -10,19 +10,17 @@ import inspect
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
     CacheLayerMixin,
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
 )
 
-from rag.engine.interface import Event, FinishEvent, Request, TokenEvent
+from rag.engine.interface import Event, FinishEvent, Request, TokenEvent, check_request
 from rag.engine.sampling import Sampler
 from rag.errors import GeneratorError
 
@@ -65,13 +63,19 @@ class BufferLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        # The first versions of transformers 5 give the positions themselves.
+        count = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.length + count, 0
 
     def get_seq_length(self) -> int:
         return self.length
 
     def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """What `get_max_length` was called in the first versions of transformers 5."""
         return -1
 
     def copy_prefix(self, length: int) -> BufferLayer:
@@ -319,32 +323,8 @@ class SlotEngine:
         for layer in layers:
             if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
                 replaced.append(BufferLayer())
-            elif type(layer) is DummyLayer:
+            elif type(layer).__name__ == "DummyLayer":  # not in every transformers 5
                 replaced.append(layer)
             else:
                 return None
         return Cache(layers=replaced) if replaced else None
-
-
-def check_request(request: Request, context_length: int) -> None:
-    """Raise GeneratorError where the request is empty or too long for the context."""
-    prompt, new = len(request.prompt_ids), request.max_new_tokens
-    if prompt == 0:
-        raise GeneratorError("the prompt is empty: there is nothing to continue.")
-    if new < 1:
-        raise GeneratorError(f"max_new_tokens is {new}; it must be at least 1.")
-    if prompt + new > context_length:
-        raise GeneratorError(
-            f"{prompt} prompt tokens + {new} new tokens = {prompt + new} exceed the context of "
-            f"{context_length}. Shorten the prompt or lower max_new_tokens."
-        )
-    starts, asked = request.block_starts, request.question_start
-    if starts and not (
-        all(low < high for low, high in pairwise((*starts, asked)))
-        and 0 < starts[0]
-        and asked < prompt
-    ):
-        raise GeneratorError(
-            f"block starts {starts} with the question at {asked} do not divide a prompt of {prompt} "
-            "tokens into an opening, passages and a question."
-        )
