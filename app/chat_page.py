@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import streamlit as st
 
@@ -27,8 +28,20 @@ from rag.knowledge import KnowledgeBase
 
 _LOOK_SECONDS = 0.08  # between two looks at an answer that is being written
 _HTML_KEPT = 200  # rendered turns a session remembers
+# Once when a question is asked and once when its answer stands, so that both are in view.
+_SCROLL = """
+export default function ({ data }) {
+  const moment = data.turn + data.moment;
+  if (window.lrMoment === moment) return;
+  window.lrMoment = moment;
+  requestAnimationFrame(() => {
+    const question = document.getElementById("question-" + data.turn);
+    if (question) question.scrollIntoView({ block: "start" });
+  });
+}
+"""
 # Asked of the handbook; shown where its file is in the knowledge base.
-_EXAMPLES = {
+_EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "zh": (
         ("zh/07-自回归解码与KV缓存.pdf", "KV 缓存里存的是什么？"),
         ("zh/09-温度与采样.md", "温度为 0 时模型怎样选择下一个词元？"),
@@ -64,16 +77,23 @@ def show() -> None:
         if turn is running:
             break
         _show_turn(turn, base, is_last=turn is conversation.turns[-1])
-    question = st.chat_input(say("ask_placeholder"), key="question", max_chars=4000)
+    if conversation.turns and running is None:
+        _show_conversation_tools(conversation)
+    live = st.container(key="live") if running is not None else None
+    # In a container of its own: at the end of the page itself Streamlit would scroll to the bottom
+    # whenever anything grows, and a source that is opened would jump out of sight.
+    with st.container(key="composer"):
+        question = st.chat_input(say("ask_placeholder"), key="question", max_chars=4000)
     if question and question.strip():
         ask(question.strip())
         st.rerun()
-    if conversation.turns and running is None:
-        _show_conversation_tools(conversation)
     if view := st.session_state.pop("source_view", None):
         source_view.show(base, view)
-    if running is not None:
-        _follow(running, conversation)
+    if conversation.turns and running is None:
+        _scroll_to(conversation.turns[-1])
+    if running is not None and live is not None:
+        with live:
+            _follow(running, conversation)
 
 
 def ask(question: str, *, search_text: str | None = None, replace_last: bool = False) -> None:
@@ -153,7 +173,7 @@ def _rendered(turn: Turn, base: KnowledgeBase) -> _Rendered:
             documents = _documents(turn.answer, base)
             sources = sources_html(turn.answer, turn.id, documents, language)
         kept[key] = _Rendered(
-            question_html(turn.question, language), searched, answer_html(turn, language), sources,
+            question_html(turn.question, language, turn.id), searched, answer_html(turn, language), sources,
             cost_html(turn, language),
         )
     return kept[key]
@@ -231,21 +251,33 @@ def _show_conversation_tools(conversation: Conversation) -> None:
             st.rerun()
 
 
+def _scroll_to(turn: Turn) -> None:
+    """Bring a turn's question to the top."""
+    moment = "answered" if turn.is_ended else "asked"
+    _scroller()(key=f"scroll-{moment}", data={"turn": turn.id, "moment": moment}, height=0)
+
+
+@st.cache_resource(show_spinner=False)
+def _scroller() -> Any:
+    return st.components.v2.component("scroll_to_turn", js=_SCROLL)
+
+
 # an answer that is being made
 
 
 def _follow(turn: Turn, conversation: Conversation) -> None:
     """Show the turn while it is answered. Whatever interrupts this script leaves the answer alone."""
     desk = session.desk()
-    st.html(question_html(turn.question, session.language()))
+    st.html(question_html(turn.question, session.language(), turn.id))
     slot = st.empty()
     shown = ""
     slot.html(live_html(turn, session.language(), num_before=desk.num_before(turn)))
+    _scroll_to(turn)
     st.button(
         say("stop"), key=f"stop-{turn.id}", icon=":material/stop_circle:", on_click=turn.stop
     )
     for waiting in conversation.turns[conversation.turns.index(turn) + 1 :]:
-        st.html(question_html(waiting.question, session.language()))
+        st.html(question_html(waiting.question, session.language(), waiting.id))
         st.html(live_html(waiting, session.language(), num_before=desk.num_before(waiting)))
     while not turn.is_ended:
         now = live_html(turn, session.language(), num_before=desk.num_before(turn))

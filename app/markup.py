@@ -16,8 +16,8 @@ from app.texts import InterfaceLanguage, number, text
 from rag.answer import Answer, Citation, Hit
 
 _MARKER = re.compile(r"\[(\d{1,3})\]")
-_AROUND = 220  # characters of the document shown before and after a passage
-_BEFORE_CITED, _AFTER_CITED = 420, 620  # of a long passage, what is shown around its citations
+_AROUND = 200  # characters of the document shown before and after a passage
+_BEFORE_CITED, _AFTER_CITED = 180, 620  # of a long passage, what is shown around its citations
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -35,9 +35,9 @@ def escape_label(value: str) -> str:
 # the question and the answer
 
 
-def question_html(question: str, language: InterfaceLanguage) -> str:
+def question_html(question: str, language: InterfaceLanguage, turn_id: str) -> str:
     return (
-        f'<div class="lr-question" role="heading" aria-level="2">'
+        f'<div class="lr-question" id="question-{turn_id}" role="heading" aria-level="2">'
         f'<span class="lr-hidden">{text(language, "you")}: </span>{escape(question)}</div>'
     )
 
@@ -290,16 +290,18 @@ def _card(
 
 def _segments_html(shown: Sequence[Segment], anchor: str) -> str:
     pieces: list[str] = []
-    for segment in shown:
+    for at, segment in enumerate(shown):
+        value = segment.text.lstrip("\n") if at == 0 else segment.text
+        value = value.rstrip() if at == len(shown) - 1 else value
         if segment.kind == "cited":
             # The first one carries the id that the chip leads to; the browser opens the card for it.
             name = f' id="{anchor}"' if anchor else ""
             anchor = ""
-            pieces.append(f"<mark{name}>{escape(segment.text)}</mark>")
+            pieces.append(f"<mark{name}>{escape(value)}</mark>")
         elif segment.kind == "around":
-            pieces.append(f'<span class="lr-around">{escape(segment.text)}</span>')
+            pieces.append(f'<span class="lr-around">{escape(value)}</span>')
         else:
-            pieces.append(escape(segment.text))
+            pieces.append(escape(value))
     return "".join(pieces)
 
 

@@ -126,8 +126,7 @@ def _visit(page: Any, address: str, locale: str) -> Iterator[str]:
     _settle(page)
     if page.locator("a.lr-chip").count():
         page.locator("details.lr-source summary").first.click()
-        # From the top, so that question, answer and source are in the picture together.
-        page.evaluate("() => document.querySelector('.stMain').scrollTo(0, 0)")
+        page.locator(".lr-question").last.evaluate("element => element.scrollIntoView()")
         _settle(page)
         yield "answer"
         page.locator('[class*="st-key-view-"] button').first.click()

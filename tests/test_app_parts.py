@@ -86,7 +86,7 @@ def test_nothing_from_a_user_a_model_or_a_document_becomes_markup() -> None:
     )
     turn = Turn("q", state="done", answer=answer)
     pages = [
-        question_html(HOSTILE, "en"),
+        question_html(HOSTILE, "en", "t"),
         answer_html(turn, "zh"),
         sources_html(answer, turn.id, {answer.hits[0].chunk.path: answer.hits[0].chunk.text}, "en"),
         sources_html(answer, turn.id, {}, "en"),

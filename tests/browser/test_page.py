@@ -213,5 +213,7 @@ def test_a_look_inside_shows_tokens_and_where_attention_goes(visit: Any) -> None
     page.wait_for_selector(".lr-tokens")
     page.wait_for_selector(IDLE)
     assert page.locator(".lr-token").count() > 10
-    assert page.get_by_test_id("stVegaLiteChart").count() == 5  # the parts of it that are drawn
+    page.wait_for_function(  # attention, next token, cache, parameters, positions
+        "() => document.querySelectorAll('[data-testid=\"stVegaLiteChart\"]').length === 5"
+    )
     assert page.locator(".lr-notice-failed").count() == 0
