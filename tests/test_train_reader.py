@@ -294,6 +294,21 @@ def test_a_run_keeps_to_its_minutes_and_says_when_it_resumes(data: Path, tmp_pat
     assert training.progress.seconds == pytest.approx(taken, abs=2)
 
 
+def test_training_goes_on_from_an_exported_reader(data: Path, tmp_path: Path) -> None:
+    before = start(data, tmp_path, "--steps", "2")
+    before.run()
+    before.export(calibration_questions=0)
+    after = start(data, tmp_path, "--steps", "2")
+    after.start_from(tmp_path / "out")
+    assert after.progress.copied
+    trained_here = dict(zip(before.optimiser.names, before.optimiser.average))
+    for name, master in zip(after.optimiser.names, after.optimiser.masters):
+        if name.startswith("model."):
+            assert torch.equal(master, trained_here[name].bfloat16().float())
+    facts = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf8"))
+    assert facts["steps"] == 2 and facts["tokens"] == before.progress.tokens
+
+
 def test_the_loss_falls(data: Path, tmp_path: Path) -> None:
     training = start(data, tmp_path, "--steps", "40", "--seed", "3")
     training.run()

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rag.bundled.reader_data import (
@@ -57,13 +58,20 @@ from rag.bundled.reader_vectors import count_neighbours, factorise, spread
 from rag.language import Language
 from rag.prompt import READER_TOKENS
 
-# (share of the budget at which it ends, what its examples look like)
-PLAN: tuple[tuple[float, Stage], ...] = (
-    (0.45, Stage((1, 1), (1, 3), 0.10, (0.50, 0.20, 0.08, 0.22))),
-    (0.65, Stage((1, 2), (2, 4), 0.12, (0.55, 0.22, 0.05, 0.18))),
-    (0.85, Stage((2, 4), (2, 5), 0.15, (0.60, 0.22, 0.03, 0.15), blocks=0.1)),
-    (1.01, Stage((4, 4), (3, 12), 0.17, (0.62, 0.23, 0.02, 0.13), blocks=0.15)),
+# what the examples of each stage look like
+STAGES: tuple[Stage, ...] = (
+    Stage((1, 1), (1, 3), 0.10, (0.50, 0.20, 0.08, 0.22)),
+    Stage((1, 2), (2, 4), 0.12, (0.55, 0.22, 0.05, 0.18)),
+    Stage((2, 4), (2, 5), 0.15, (0.60, 0.22, 0.03, 0.15), blocks=0.1),
+    Stage((4, 4), (3, 12), 0.17, (0.62, 0.23, 0.02, 0.13), blocks=0.15),
 )
+# by size, the share of the budget at which each stage ends: short examples say more a second,
+# which is what a processor is short of; a GPU spends most of its time on prompts as they are used
+ENDS: dict[str, tuple[float, ...]] = {
+    "tiny": (0.45, 0.65, 0.85, 1.0),
+    "small": (0.45, 0.65, 0.85, 1.0),
+    "gpu": (0.15, 0.30, 0.60, 1.0),
+}
 COPY_TOKENS = 48  # length of the stretch that is said twice
 COPY_LIMIT = 0.15  # most of the budget that copying may take
 AVERAGE_EVERY = 16  # steps between two updates of the weights' moving average
@@ -94,6 +102,7 @@ class Options:
     export_only: bool
     compile: bool
     draw_processes: int
+    start_from: Path | None
 
 
 # --- optimiser ----------------------------------------------------------------------------------
@@ -210,6 +219,16 @@ class Optimiser:
             "second": self.second,
             "updates": self.updates,
         }
+
+    @torch.no_grad()
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Take the weights of an exported reader; averages begin with them, moments at zero."""
+        for name, master, average in zip(self.names, self.masters, self.average):
+            if name in weights or name not in TRAINING_ONLY:
+                master.copy_(weights[name])
+                average.copy_(weights[name])
+        for parameter, master in zip(self.parameters, self.masters):
+            parameter.copy_(master)
 
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
@@ -434,12 +453,12 @@ class PoolMaker:
         self.vocab_size = vocab_size
 
     def draw(self, number: int, stage: int) -> list[list[Example]]:
-        """The micro-batches of pool `number`; stage -1 is copying, others are those of PLAN."""
+        """The micro-batches of pool `number`; stage -1 is copying, others are those of STAGES."""
         rng = self.maker.rng = random.Random(f"{self.seed} {number}")
         examples: list[Example] = []
         held = 0
         while held < self.tokens:
-            example = self._copying(rng) if stage < 0 else self.maker.draw(PLAN[stage][1])
+            example = self._copying(rng) if stage < 0 else self.maker.draw(STAGES[stage])
             examples.append(example)
             held += len(example.ids)
         examples.sort(key=lambda e: len(e.ids))
@@ -606,6 +625,15 @@ class Training:
         torch.save(state, part)
         os.replace(part, self.checkpoint)
 
+    def start_from(self, folder: Path) -> None:
+        """Go on from an exported reader of the same size, which has no optimiser's state. The
+        tokenizer in `work` must be its own; `main` sees to that."""
+        weights: dict[str, Tensor] = {}
+        for shard in sorted(folder.glob("model*.safetensors")):
+            weights |= load_file(shard)
+        self.optimiser.start_from(weights)
+        self.progress.copied = True
+
     def resume(self) -> None:
         """Go on from the checkpoint in `work`, with the examples that were next."""
         state = torch.load(self.checkpoint, weights_only=False, map_location=self.device)
@@ -685,7 +713,8 @@ class Training:
                 break
             if not progress.copied and done > COPY_LIMIT:
                 progress.copied = True
-            stage = next(n for n, (end, _) in enumerate(PLAN) if done < end) if progress.copied else -1
+            ends = ENDS[options.size]
+            stage = next(n for n, end in enumerate(ends) if done < end) if progress.copied else -1
             # rates: up over 50 steps, level, then down to zero over the last half
             warm = min(1.0, (self.optimiser.updates + 1) / 50)
             scale = warm * min(1.0, (1 - done) / 0.5)
@@ -769,6 +798,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> tuple[Options, bool
         default=8 if torch.cuda.is_available() else 0,
         help="processes that draw examples ahead; 0 draws them in between",
     )
+    parser.add_argument(
+        "--start-from", type=Path, help="folder of an exported reader of this size to go on from"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     chosen = parser.parse_args(arguments)
     values = vars(chosen)
@@ -782,7 +814,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, resume = parse_options(arguments)
     if options.device == "cpu":
         torch.set_num_threads(1)  # each worker has one core
+    if options.start_from is not None:
+        load_tokenizer(options.start_from).save_pretrained(str(options.work / "tokenizer"))
     training = Training(options)
+    if options.start_from is not None:
+        training.start_from(options.start_from)
     if resume or options.export_only:
         training.resume()
     sizes = sum(p.numel() for p in training.reader.parameters())
