@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ingest.loaders import load_document
+from ingest.ocr import limit_time
 from rag.document import Document, Heading, Page
 from rag.errors import RagError
 
@@ -74,6 +75,7 @@ def main() -> None:
         if alarm is not None:
             # Kills this process should the parent be gone and no longer watch the time.
             alarm(int(request["seconds"]) + 10)
+        limit_time(0.6 * request["seconds"])
         answer = parse_file(Path(request["file"]), request["path"])
         if alarm is not None:
             alarm(0)

@@ -564,6 +564,27 @@ def test_a_new_loader_version_reads_its_files_again(
     assert statuses(sync_words(tmp_path, docs)) == {"a.md": "changed", "b.txt": "unchanged"}
 
 
+def test_scans_are_read_again_once_there_is_a_program_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+    from reportlab.pdfgen.canvas import Canvas
+
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    Image.new("L", (60, 80), 200).save(tmp_path / "scan.png")
+    canvas = Canvas(str(docs / "a.pdf"), pagesize=(595, 842))
+    canvas.drawImage(str(tmp_path / "scan.png"), 0, 0, 595, 842)
+    canvas.save()
+    monkeypatch.setenv("PATH", "")
+    report = sync_words(tmp_path, docs)
+    assert report.files[0].chunks == 0
+    assert "install tesseract" in report.files[0].warnings[0]
+    assert statuses(sync_words(tmp_path, docs)) == {"a.pdf": "unchanged"}
+    monkeypatch.setattr("ingest.synchronizer.find_tesseract", lambda: "there")
+    assert statuses(sync_words(tmp_path, docs)) == {"a.pdf": "changed"}
+
+
 # the base ---------------------------------------------------------------------------------------
 
 

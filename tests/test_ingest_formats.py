@@ -144,7 +144,7 @@ def test_an_archive_is_read_and_what_it_calls_its_files_is_never_a_place(tmp_pat
     assert document.text[document.headings[2].start :].startswith("# Title")
     assert document.warnings == (
         "inner.zip: an archive in an archive, not opened",
-        "picture.png: .png is a picture; it holds no text that can be read without OCR",
+        "picture.png: .png is a picture; only documents are read",
     )
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.zip"]
     assert not (tmp_path.parent.parent / "outside.txt").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zipfile
 from pathlib import Path
 
@@ -423,7 +424,10 @@ def test_a_pdf_with_a_password_says_so(tmp_path: Path) -> None:
     assert document.warnings == ("encrypted, but its text can be read without a password",)
 
 
-def test_scanned_and_empty_pages_are_told_apart(tmp_path: Path) -> None:
+def test_scanned_and_empty_pages_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ingest.loaders.pdf.find_tesseract", lambda: None)
     from PIL import Image
     from reportlab.pdfgen.canvas import Canvas
 
@@ -440,8 +444,55 @@ def test_scanned_and_empty_pages_are_told_apart(tmp_path: Path) -> None:
     assert [page.number for page in document.pages] == [1, 2, 3]
     assert document.page_at(0) == 2
     assert document.warnings == (
-        "1 of 3 pages is scanned, a picture without text; OCR would be needed (page 1)",
+        "1 of 3 pages is scanned, a picture without text; install tesseract with its languages "
+        "chi_sim and eng to have it read (page 1)",
         "1 of 3 pages is empty (page 3)",
+    )
+
+
+FAKE_TESSERACT = """\
+#!{python}
+import sys
+if "--list-langs" in sys.argv:
+    print("List of available languages (2):\\nchi_sim\\neng\\nosd")
+else:
+    assert sys.argv[1:5] == ["stdin", "stdout", "-l", "chi_sim+eng"]
+    assert sys.stdin.buffer.read(4) == b"\\x89PNG"
+    print("level\\tpage_num\\tblock_num\\tpar_num\\tline_num\\tword_num\\tleft\\ttop\\twidth\\theight\\tconf\\ttext")
+    words = [(1, 300, "扫描"), (1, 400, "件"), (2, 300, "Two"), (2, 420, "words"), (3, 300, "~~")]
+    for line, left, word in words:
+        conf = 5 if word == "~~" else 91.5
+        print(5, 1, 1, 1, line, 1, left, 300 + 200 * line, 90, 40, conf, word, sep="\\t")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a program made of a script")
+def test_scanned_pages_are_read_where_tesseract_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+    from reportlab.pdfgen.canvas import Canvas
+
+    from ingest.ocr import find_tesseract
+
+    program = tmp_path / "bin" / "tesseract"
+    program.parent.mkdir()
+    program.write_text(FAKE_TESSERACT.replace("{python}", sys.executable), encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+    find_tesseract.cache_clear()
+    Image.new("L", (60, 80), 200).save(tmp_path / "scan.png")
+    canvas = Canvas(str(tmp_path / "a.pdf"), pagesize=(595, 842))
+    canvas.drawImage(str(tmp_path / "scan.png"), 0, 0, 595, 842)
+    canvas.save()
+    try:
+        document = load_document(tmp_path / "a.pdf", "a.pdf")
+    finally:
+        find_tesseract.cache_clear()
+    assert document.text == "扫描件\n\nTwo words"
+    assert document.page_at(0) == 1
+    assert document.warnings == (
+        "1 of 1 pages is scanned and read by OCR, which makes mistakes (page 1)",
     )
 
 
@@ -457,6 +508,6 @@ def test_files_are_known_by_their_suffix_whatever_its_case() -> None:
     assert find_loader("A.PDF") is find_loader("b.pdf") is not None
     assert find_loader("README") is find_loader("a.txt")
     assert find_loader("photo.jpg") is None
-    assert "OCR" in why_skipped("photo.jpg")
+    assert "a picture" in why_skipped("photo.jpg")
     assert why_skipped("old.doc") == ".doc is Word's old format; save it as .docx"
     assert why_skipped("a.xyz") == "no loader for .xyz files"

@@ -44,7 +44,7 @@ _HINTS = {
     ".xls": "Excel's old format; save it as .xlsx",
     **dict.fromkeys(
         (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".svg", ".ico"),
-        "a picture; it holds no text that can be read without OCR",
+        "a picture; only documents are read",
     ),
     **dict.fromkeys((".mp3", ".mp4", ".wav", ".avi", ".mov", ".mkv", ".flac"), "sound or video"),
 }

@@ -15,6 +15,8 @@ from typing import Any
 
 from ingest.builder import clean_line
 from ingest.layout import Gap, Line, Outline, PageText, lay_out
+from ingest.ocr import DPI, find_tesseract
+from ingest.ocr import HOW_TO as SCANNED
 from rag.document import Document
 from rag.errors import LoadError
 
@@ -95,6 +97,7 @@ class _Health:
     def __init__(self) -> None:
         self.empty: list[int] = []
         self.scanned: list[int] = []
+        self.recognised: list[int] = []
         self.garbled: list[int] = []
         self.broken: list[int] = []
 
@@ -103,8 +106,10 @@ class _Health:
         return len(self.broken)
 
     def describe(self, total: int) -> list[str]:
+        """One line for each kind of trouble."""
         said = [
-            (self.scanned, "scanned, a picture without text; OCR would be needed"),
+            (self.scanned, f"scanned, a picture without text; {SCANNED}"),
+            (self.recognised, "scanned and read by OCR, which makes mistakes"),
             (self.garbled, "garbled: the fonts don't say which characters they show"),
             (self.broken, "damaged and left out"),
             (self.empty, "empty"),
@@ -148,7 +153,8 @@ def _read_page(pdf: Any, index: int, health: _Health) -> PageText:
             width, height = height, width
         visible = sum(len(line.text.replace(" ", "")) for line in lines)
         if visible < _MIN_VISIBLE and _picture_share(page, width * height) >= _SCAN_SHARE:
-            health.scanned.append(number)
+            lines = _read_scan(page)
+            (health.recognised if lines else health.scanned).append(number)
         elif not visible:
             health.empty.append(number)
         else:
@@ -159,6 +165,14 @@ def _read_page(pdf: Any, index: int, health: _Health) -> PageText:
     finally:
         textpage.close()
         page.close()
+
+
+def _read_scan(page: Any) -> list[Line]:
+    """A scanned page's lines; none without an OCR program."""
+    tesseract = find_tesseract()
+    if tesseract is None:
+        return []
+    return tesseract.read(page.render(scale=DPI / 72, grayscale=True).to_pil())
 
 
 def _picture_share(page: Any, area: float) -> float:
