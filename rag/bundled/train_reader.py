@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from rag.bundled.reader_data import (
@@ -768,7 +768,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> tuple[Options, bool
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of the training data")
     parser.add_argument("--out", type=Path, required=True, help="folder the reader is written to")
-    parser.add_argument("--work", type=Path, help="folder of the checkpoint (OUT/work if not given)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/reader"), help="folder of checkpoint and prepared data"
+    )
     parser.add_argument("--minutes", type=float, default=60.0, help="wall-clock budget of training")
     parser.add_argument("--size", choices=sorted(PRESETS), default="small", help="size of the network")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -805,7 +807,6 @@ def parse_options(arguments: Sequence[str] | None = None) -> tuple[Options, bool
     chosen = parser.parse_args(arguments)
     values = vars(chosen)
     resume = bool(values.pop("resume"))
-    values["work"] = values["work"] or values["out"] / "work"
     return Options(**values), resume
 
 
