@@ -38,6 +38,8 @@ _BLOCK_TOKENS = ("<|blocks|>", "<|passage|>", "<|question|>")
 _PLAIN_STOPS = ("\nQuestion:", "\n问题：")
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "merges.txt"]
+# Second copies of the weights in other layouts, gigabytes each.
+_HUB_LEFT_OUT = ["consolidated*", "*/*.safetensors", "original/*", "onnx/*"]
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -160,8 +162,18 @@ class PromptFormat:
             raise GeneratorError("the prompt holds neither messages nor text.")
         if not self._tokenizer.chat_template:
             return self._ids(plain_text(prompt.messages), add_special_tokens=True)
+        from jinja2 import TemplateError
+
         messages = merge_system(prompt.messages) if self.merges_system else prompt.messages
-        return self._ids(self._render(messages), add_special_tokens=False)
+        try:
+            text = self._render(messages)
+        except TemplateError as error:
+            roles = ", ".join(message.role for message in messages)
+            raise GeneratorError(
+                f"the model's chat template refuses a conversation of {roles}: {error}. "
+                "Ask without history, or choose another model."
+            ) from error
+        return self._ids(text, add_special_tokens=False)
 
     def blocks(self, ids: Sequence[int]) -> tuple[tuple[int, ...], int]:
         """Where passages and question begin in the reader's second layout; ((), 0) in any other."""
@@ -418,7 +430,7 @@ def load_generator(settings: Settings) -> Generator:
     limit = getattr(text_config, "max_position_embeddings", None)
     wanted = settings.max_prompt_tokens + settings.max_new_tokens
     needed = min(limit, wanted) if limit else wanted
-    num_weights = count_weights(folder)
+    num_weights = count_weights(_weight_files(folder))
     plan = plan_memory(
         name=name,
         weight_bytes=weight_bytes(num_weights, text_config, dtype, int8=int8),
@@ -478,7 +490,14 @@ def _find_on_hub(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        cached = Path(snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=True))
+        cached = Path(
+            snapshot_download(
+                name,
+                allow_patterns=_HUB_FILES,
+                ignore_patterns=_HUB_LEFT_OUT,
+                local_files_only=True,
+            )
+        )
         if _is_complete(cached):
             return cached
     except LocalEntryNotFoundError:
@@ -488,7 +507,9 @@ def _find_on_hub(name: str) -> Path:
             f"{name!r} is neither a folder nor a Hugging Face name (owner/model): {error}"
         ) from error
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(
+            snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_LEFT_OUT)
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise GeneratorError(
             f"the generator {name!r} is not on this disk and could not be fetched from the hub: "
@@ -502,7 +523,8 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return [folder / name for name in sorted(set(names))]
-    return sorted(folder.glob("*.safetensors"))
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
 def _is_complete(folder: Path) -> bool:

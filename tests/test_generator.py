@@ -162,6 +162,17 @@ def test_templates_without_a_system_role_get_it_in_the_first_user_message() -> N
     assert merge_system((Message("system", "a"),)) == (Message("user", "a"),)
 
 
+def test_a_conversation_that_the_template_refuses_is_named() -> None:
+    template = (
+        "{% for m in messages %}{% if loop.index0 > 1 %}{{ raise_exception('too long') }}"
+        "{% endif %}{{ m['content'] }}{% endfor %}"
+    )
+    generator = Generator(ScriptedEngine([9]), make_tokenizer(chat_template=template), name="x")
+    longer = Prompt(hits=(), messages=(*QUESTION.messages, Message("assistant", "There.")))
+    with pytest.raises(GeneratorError, match="refuses a conversation of system, user, assistant"):
+        generator.encode(longer)
+
+
 def test_thinking_is_switched_off_where_the_template_knows_it() -> None:
     template = (
         "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -244,7 +255,7 @@ def test_a_model_that_does_not_fit_is_refused_before_loading(
 
 def test_weights_in_8_bits_stay_close_and_take_half_the_memory(folder: Path) -> None:
     config = AutoConfig.from_pretrained(folder)
-    count = count_weights(folder)
+    count = count_weights([folder / "model.safetensors"])
     embedding = 408 * 64
     # 8 bits for all weights but the embedding, which is kept in 16 and once more as the output.
     assert weight_bytes(count, config, torch.bfloat16, int8=True) == count + 2 * embedding

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,13 +126,13 @@ def _free_windows_bytes() -> int:
     return int(status.free)
 
 
-def count_weights(folder: Path) -> int:
-    """Parameters in the folder's safetensors files, read from their headers alone.
+def count_weights(files: Sequence[Path]) -> int:
+    """Parameters in safetensors files, read from their headers alone.
 
     Raises GeneratorError where a file is cut off or not safetensors.
     """
     total = 0
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in files:
         for tensor in _read_header(path).values():
             size = 1
             for length in tensor["shape"]:
