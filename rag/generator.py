@@ -507,7 +507,7 @@ def _find_on_hub(name: str) -> Path:
             f"{name!r} is neither a folder nor a Hugging Face name (owner/model): {error}"
         ) from error
     try:
-        return Path(
+        fetched = Path(
             snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_LEFT_OUT)
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -515,6 +515,14 @@ def _find_on_hub(name: str) -> Path:
             f"the generator {name!r} is not on this disk and could not be fetched from the hub: "
             f"{error} Fetch it where there is a network, or set generator to 'bundled' or a folder."
         ) from error
+    # Where the hub can't be reached, what is cached comes back as if it were all there is.
+    if not _is_complete(fetched):
+        raise GeneratorError(
+            f"the generator {name!r} is not whole in {fetched}: config.json or *.safetensors are "
+            "missing. Either the hub could not be reached, or the model is not published as "
+            "safetensors. Fetch it where there is a network, or choose another."
+        )
+    return fetched
 
 
 def _weight_files(folder: Path) -> list[Path]:

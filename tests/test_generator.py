@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -99,6 +100,34 @@ def test_a_local_folder_loads_and_answers_with_the_network_cut_off(
     result = loaded.generate(QUESTION, max_new_tokens=12)
     assert result.new_tokens == len(result.token_ids) == len(result.token_logprobs)
     assert result.prompt_tokens == loaded.count_tokens(QUESTION)
+
+
+def test_a_hub_name_is_read_from_the_local_cache_and_asked_for_only_when_absent(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def refuse(*arguments: object, **_: object) -> None:
+        asked.append(arguments)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    home = tmp_path / "models--someone--tiny"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text("abc123")
+    shutil.copytree(folder, home / "snapshots" / "abc123")
+    loaded = load_generator(settings("someone/tiny"))
+    assert (loaded.name, asked) == ("someone/tiny", [])
+    (home / "snapshots" / "abc123" / "model.safetensors").unlink()  # a download that broke off
+    with pytest.raises(
+        GeneratorError, match="someone/tiny.* is not whole in .*could not be reached"
+    ):
+        load_generator(settings("someone/tiny"))
+    assert asked
+    with pytest.raises(GeneratorError, match="nobody/nothing.*could not be fetched from the hub"):
+        load_generator(settings("nobody/nothing"))
 
 
 def test_streamed_pieces_joined_are_the_text_and_the_next_turn_is_reused(
