@@ -43,16 +43,16 @@ export default function ({ data }) {
 # Asked of the handbook; shown where its file is in the knowledge base.
 _EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "zh": (
-        ("zh/07-自回归解码与KV缓存.pdf", "KV 缓存里存的是什么？"),
-        ("zh/09-温度与采样.md", "温度为 0 时模型怎样选择下一个词元？"),
-        ("zh/05-MHA-MQA-GQA.md", "GQA 为什么能省显存？"),
-        ("zh/11-LoRA与微调.md", "LoRA 训练哪些参数？"),
+        ("zh/07-自回归解码与KV缓存.pdf", "KV 缓存里为什么不存查询？"),
+        ("zh/05-MHA-MQA-GQA.md", "GQA 能不能减少注意力打分的计算量？"),
+        ("zh/11-LoRA与微调.md", "LoRA 刚加上去、还没训练的时候，为什么模型的输出不变？"),
+        ("zh/06-RMSNorm与SwiGLU.docx", "跟 LayerNorm 比，RMSNorm 少做了哪些事？"),
     ),
     "en": (
-        ("en/08-prefill-decode-and-batching.pdf", "What is the difference between prefill and decode?"),
-        ("en/09-sampling.md", "What does a temperature of 0 do?"),
-        ("en/05-attention-heads-mha-mqa-gqa.html", "Why does GQA need less memory than MHA?"),
-        ("en/11-lora-and-fine-tuning.md", "Which parameters does LoRA train?"),
+        ("en/08-prefill-decode-and-batching.pdf", "What is done in chunked prefill?"),
+        ("en/03-self-attention-and-masks.md", "How long is the sliding attention window of Mistral 7B?"),
+        ("en/11-lora-and-fine-tuning.md", "Why is the B matrix of LoRA initialised with zeros?"),
+        ("en/06-rmsnorm-and-swiglu.md", "What does RMSNorm drop compared with LayerNorm?"),
     ),
 }
 
@@ -125,7 +125,7 @@ def _show_welcome(base: KnowledgeBase) -> None:
     columns = st.columns(2, gap="small")
     for number, question in enumerate(examples):
         with columns[number % 2]:
-            if st.button(question, key=f"example-{number}", width="stretch"):
+            if st.button(question, key=f"example-{number}", width="stretch", wrap=True):
                 ask(question)
                 st.rerun()
 
