@@ -304,11 +304,12 @@ class Generator:
                     if piece:
                         yield piece
                     return _result(event, text, ids, logprobs)
-                ids.append(event.token_id)
-                logprobs.append(event.logprob)
-                piece = text.push(event.token_id)
-                if piece:
-                    yield piece
+                if not text.stopped:  # else chosen before the engine saw the cancellation
+                    ids.append(event.token_id)
+                    logprobs.append(event.logprob)
+                    piece = text.push(event.token_id)
+                    if piece:
+                        yield piece
                 if text.stopped:
                     self.engine.cancel(request.id)
         finally:
