@@ -618,6 +618,23 @@ def test_a_full_disk_is_told_in_a_line_and_leaves_the_base_whole(tmp_path: Path)
     assert len(KnowledgeBase.open(tmp_path / "kb").files()) == 31
 
 
+def test_nothing_is_asked_of_the_network(tmp_path: Path) -> None:
+    write(tmp_path / "docs" / "a.md", "# A\n\nText.")
+    write(tmp_path / "docs" / "b.html", "<p>Text.</p>")
+    blocked = (
+        "import socket, runpy, sys\n"
+        "def refuse(*_, **__): raise AssertionError('the network was asked')\n"
+        "socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse\n"
+        "sys.argv[0] = 'ingest'; runpy.run_module('ingest', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", blocked, *command(tmp_path, "docs")[3:]], cwd=tmp_path,
+        env=environment(), capture_output=True, text=True, encoding="utf-8", timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 added" in done.stdout
+
+
 def test_a_missing_index_file_is_made_again(tmp_path: Path) -> None:
     write(tmp_path / "docs" / "a.txt", "one")
     sync_words(tmp_path, tmp_path / "docs")
