@@ -220,3 +220,25 @@ def test_what_the_pool_cannot_serve_goes_slot_by_slot_or_is_refused() -> None:
     assert (tokens, finish.reused_tokens) == (reference(bloom, PROMPT), 40)
     with pytest.raises(GeneratorError, match="a way of its own"):
         create_engine(make_random_model("mamba"), context_length=256)
+
+
+def test_recurrent_layers_take_the_prompt_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rag.engine.slots.PREFILL_CHUNK", 16)
+    model = make_random_model(
+        "qwen3_next",
+        num_hidden_layers=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    )
+    engine = create_engine(model, context_length=256)
+    assert "no prefix reuse (recurrent layers)" in engine.description
+    expected = reference(model, PROMPT, 12)
+    for _ in range(2):
+        tokens, finish = run(engine, PROMPT, new=12)
+        assert (tokens, finish.reused_tokens) == (expected, 0)

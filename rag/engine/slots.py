@@ -232,8 +232,10 @@ class SlotEngine:
     def _forward(self, slot: Slot, tokens: list[int]) -> torch.Tensor:
         """Logits (vocabulary,) behind the last of `tokens`, which the slot then holds too."""
         logits: torch.Tensor | None = None
-        for begin in range(0, len(tokens), PREFILL_CHUNK):
-            chunk = tokens[begin : begin + PREFILL_CHUNK]
+        # Recurrent layers take up their state for single tokens only: the prompt goes in one piece.
+        step = PREFILL_CHUNK if self.reuses_prefixes else len(tokens)
+        for begin in range(0, len(tokens), step):
+            chunk = tokens[begin : begin + step]
             with self._forward_lock:
                 output = self._model(
                     input_ids=torch.tensor([chunk], device=self._device),
