@@ -37,6 +37,10 @@ _READER_END = "<|end|>"
 _BLOCK_TOKENS = ("<|blocks|>", "<|passage|>", "<|question|>")
 _PLAIN_STOPS = ("\nQuestion:", "\n问题：")
 
+# A fast tokenizer changes its own settings while it encodes, and fails with "Already borrowed" where
+# another thread is in it.
+_TOKENIZING = threading.Lock()
+
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "merges.txt"]
 # Second copies of the weights in other layouts, gigabytes each.
 _HUB_LEFT_OUT = ["consolidated*", "*/*.safetensors", "original/*", "onnx/*"]
@@ -108,9 +112,10 @@ class TextStream:
         return piece
 
     def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        with _TOKENIZING:
+            text = self._tokenizer.decode(
+                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
         assert isinstance(text, str)
         return text
 
@@ -204,7 +209,8 @@ class PromptFormat:
             return False
 
     def _ids(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        encoding = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+        with _TOKENIZING:
+            encoding = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
         return tuple(encoding["input_ids"])
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,17 @@ def test_streamed_pieces_joined_are_the_text_and_the_next_turn_is_reused(
     pieces, again = drain(generator.stream(QUESTION, max_new_tokens=40))
     assert again.token_ids == result.token_ids
     assert again.reused_tokens == result.prompt_tokens - 1
+
+
+def test_many_threads_stream_from_one_generator(generator: Generator) -> None:
+    prompts = [
+        Prompt(hits=(), messages=(Message("user", f"{number} 猫在哪里？"),)) for number in range(8)
+    ]
+    expected = [generator.generate(prompt, max_new_tokens=12).text for prompt in prompts]
+    with ThreadPoolExecutor(8) as pool:
+        streams = [generator.stream(prompt, max_new_tokens=12) for prompt in prompts]
+        found = list(pool.map(lambda stream: "".join(drain(stream)[0]), streams))
+    assert found == expected
 
 
 def test_a_batch_gives_what_single_calls_give(generator: Generator) -> None:
