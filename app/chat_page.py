@@ -45,14 +45,14 @@ _EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "zh": (
         ("zh/07-自回归解码与KV缓存.pdf", "KV 缓存里为什么不存查询？"),
         ("zh/05-MHA-MQA-GQA.md", "GQA 能不能减少注意力打分的计算量？"),
-        ("zh/11-LoRA与微调.md", "LoRA 刚加上去、还没训练的时候，为什么模型的输出不变？"),
-        ("zh/06-RMSNorm与SwiGLU.docx", "跟 LayerNorm 比，RMSNorm 少做了哪些事？"),
+        ("zh/04-自注意力与掩码.html", "FlashAttention 算出来的是不是近似值？"),
+        ("zh/10-量化.docx", "用 GPTQ 或 AWQ 压缩模型，需要重新训练吗？"),
     ),
     "en": (
         ("en/08-prefill-decode-and-batching.pdf", "What is done in chunked prefill?"),
         ("en/03-self-attention-and-masks.md", "How long is the sliding attention window of Mistral 7B?"),
-        ("en/11-lora-and-fine-tuning.md", "Why is the B matrix of LoRA initialised with zeros?"),
-        ("en/06-rmsnorm-and-swiglu.md", "What does RMSNorm drop compared with LayerNorm?"),
+        ("en/16-faiss-and-vector-databases.html", "Can I delete single vectors from an HNSW index in FAISS?"),
+        ("en/05-attention-heads-mha-mqa-gqa.html", "How do you turn a multi-head model into one with grouped queries?"),
     ),
 }
 

@@ -31,8 +31,8 @@ IDLE = '[data-testid="stApp"][data-test-script-state="notRunning"]'
 MAIN_FORM = '[data-testid="stMain"] [data-testid="stForm"]'
 ANSWERED = '.lr-answer:not([data-kind="live"])'
 _QUESTIONS = {
-    "zh-CN": "KV 缓存里存的是什么？",
-    "en-US": "What does RMSNorm divide the vector by?",
+    "zh-CN": "KV 缓存里为什么不存查询？",
+    "en-US": "What is done in chunked prefill?",
 }
 _WIDTHS = {1280: 860, 390: 844}
 

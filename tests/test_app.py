@@ -193,6 +193,14 @@ def test_settings_beyond_the_sliders_are_kept(
     assert (kept.top_k, kept.max_new_tokens, kept.temperature, kept.top_p) == (20, 5000, 3.0, 0.02)
 
 
+def test_the_suggested_questions_are_about_files_of_the_handbook() -> None:
+    from app.chat_page import _EXAMPLES
+
+    named = [path for examples in _EXAMPLES.values() for path, _ in examples]
+    missing = [path for path in named if not (session.HANDBOOK / path).is_file()]
+    assert len(named) == 8 and missing == []
+
+
 def test_without_a_knowledge_base_the_page_says_how_to_make_one(
     tmp_path: Path, store: ScriptedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
