@@ -58,8 +58,8 @@ Reason = Literal["stop", "length", "cancelled"]
 class Limits:
     """How much one step takes on."""
 
-    step_tokens: int  # tokens of a step while nobody is decoding
-    busy_step_tokens: int  # and while somebody is: bounds how long prefill makes them wait
+    step_tokens: int  # tokens of a step
+    busy_step_tokens: int  # where one call decodes beside another's prompts: bounds its wait
     rows_per_call: int  # rows that one call of `generate` may hold
     rows: int  # rows in all
     draft_tokens: int  # drafts fill a decoding step up to this many tokens; 0: no drafting
@@ -512,7 +512,9 @@ class PooledEngine:
             drafts -= len(row.draft)
             work.append((row, 1 + len(row.draft)))
         work = [(row, length) for row, length in work if row in self._running]
-        budget = self.limits.busy_step_tokens if work else self.limits.step_tokens
+        # A batch alone has nobody to keep waiting but itself.
+        shared = len({id(row.call) for row in self._running}) > 1
+        budget = self.limits.busy_step_tokens if work and shared else self.limits.step_tokens
         budget -= sum(length for _, length in work)
         prefilling = [row for row in self._running if not row.decodes]
         # Small calls before large ones, then the fewest left: a question overtakes a batch.
