@@ -137,11 +137,11 @@ def test_the_kind_of_an_answer_is_written_on_it(kind: str, language: Any) -> Non
 def test_segments_are_one_slice_of_the_document_with_the_citation_cut_out() -> None:
     document = "".join(f"Sentence number {n} stands here.\n" for n in range(60))
     start, end = document.index("Sentence number 20"), document.index("Sentence number 30")
-    cited = document.index("Sentence number 25")
+    cited = document.index("Sentence number 24")
     shown = segments(document, start, end, [(cited, cited + 31)])
     joined = "".join(segment.text for segment in shown)
     assert joined in document
-    assert [s.text for s in shown if s.kind == "cited"] == ["Sentence number 25 stands here."]
+    assert [s.text for s in shown if s.kind == "cited"] == ["Sentence number 24 stands here."]
     assert [s.kind for s in shown] == ["around", "passage", "cited", "passage", "around"]
     assert shown[0].text.startswith("Sentence")  # cut at a line, not within a word
 
