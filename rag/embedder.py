@@ -143,10 +143,15 @@ class StaticEmbedder:
     def embed_questions(self, texts: Sequence[str]) -> Vectors:
         return self.embed_passages(texts)
 
-    def token_vectors(self, texts: Sequence[str]) -> list[Vectors]:
-        """For each text its tokens' vectors as the table has them, float32 (tokens, dim)."""
+    @property
+    def table(self) -> Vectors:
+        """The token vectors, float32 (vocabulary, dim)."""
+        return self._table
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """For each text the rows of the table that its vector is the mean of."""
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [self._table.take(item.ids, axis=0) for item in encoded]
+        return [item.ids for item in encoded]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         counts: list[int] = []

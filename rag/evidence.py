@@ -76,6 +76,13 @@ _REASON = re.compile(
 )
 
 
+# A short line between blank lines that is no list item, no table row and ends like no sentence.
+_SHORT_LINE = re.compile(
+    r"(?![-*|•·>])(?=.*[^\W\d_])(?:[^\n。！？；.!?;:：|]|\.(?=\S|\s)){1,28}(?<![。！？；.!?;:：，,])"
+    r"|(?![-*|•·>])(?:[A-Za-z0-9][\w'’.-]*(?: |$)){1,8}(?<![.!?;:,])"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """One sentence of a hit. [start, end) are offsets into the file's text."""
@@ -87,12 +94,14 @@ class Evidence:
     score: float
 
 
-def _is_heading(sentence: str, hit: Hit) -> bool:
-    """A heading says what is spoken of, not what is said of it."""
+def _is_heading(text: str, start: int, end: int, hit: Hit) -> bool:
+    """Whether [start, end) of a passage is a heading: it says what is spoken of, not what is said."""
+    sentence = text[start:end]
     bare = sentence.lstrip("#").strip()
-    if sentence.startswith("#") and "\n" not in sentence:
+    if sentence.startswith("#") or bare in hit.chunk.headings or bare == hit.chunk.title:
         return True
-    return bare in hit.chunk.headings or bare == hit.chunk.title
+    alone = text[:start].endswith(("", "\n\n")[start > 0]) and text[end:].startswith("\n\n")
+    return alone and _SHORT_LINE.fullmatch(sentence) is not None
 
 
 def asked_for(question: str) -> set[str]:
@@ -110,7 +119,7 @@ def sentence_features(
     for number, hit in enumerate(hits, 1):
         text, first = hit.chunk.text, len(sentences)
         for start, end in sentence_spans(text):
-            if not _is_heading(text[start:end], hit):
+            if not _is_heading(text, start, end, hit):
                 sentences.append(
                     Evidence(number, hit.chunk.start + start, hit.chunk.start + end, text[start:end], 0.0)
                 )
@@ -221,7 +230,7 @@ def rank_sentences(
 
 
 _SAME_LANGUAGE = 1.0  # not fitted, as SAME_LANGUAGE of the ranking
-_QUOTED_MASS = 0.75
+_QUOTED_MASS = 0.9
 _MOST_QUOTED = 3
 
 

@@ -647,7 +647,12 @@ def _one_thread(questions: int) -> Iterator[None]:
 
 
 def _file_record(row: Sequence[Any]) -> FileRecord:
-    return FileRecord(*row[:9], tuple(json.loads(row[9])), row[10])
+    path, sha256, size, status, pages, chunks, characters, seconds, pipeline, warnings, error = row
+    return FileRecord(
+        path=path, sha256=sha256, size=size, status=status, pages=pages, chunks=chunks,
+        characters=characters, seconds=seconds, pipeline=pipeline,
+        warnings=tuple(json.loads(warnings)), error=error,
+    )
 
 
 def _insert_record(connection: sqlite3.Connection, record: FileRecord) -> None:

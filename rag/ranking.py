@@ -1,5 +1,8 @@
 """Question and candidate passages -> one score each, a weighted sum of how well they match.
 
+Two stages: all candidates by their terms and vectors as a whole, then the CLOSE best of them
+sentence by sentence, in other words too.
+
 The weights are fitted on questions (`python -m rag.bundled.fit_ranking`), one
 set for each language of questions, because rank fusion without weights loses to BM25 alone.
 """
@@ -16,7 +19,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from rag.language import Language
+from rag.language import Language, detect_language
+from rag.sentences import sentence_spans
+from rag.soft_match import SoftMatch
 
 FEATURES = (
     "bm25",  # BM25 over words and place, as a share of the most that the question could get
@@ -30,6 +35,12 @@ FEATURES = (
     # cosines of different embedders have different ranges
 )
 WINDOW = 30
+CLOSE_FEATURES = (
+    "score",  # what the first stage gave
+    "soft",  # share of the question that the passage's best sentence says in the same or other words
+    "dense_sentence",  # cosine of the question and the nearest sentence
+)
+CLOSE = 10  # candidates that the second stage looks at sentence by sentence
 _K1, _B = 1.2, 0.6
 # Where a folder says the same in both languages, one wants to read it in one's own. Not fitted:
 # about half of what parts the first hit from the second.
@@ -47,13 +58,22 @@ class Candidate:
     dense: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    first: npt.NDArray[np.float64]  # (FEATURES,)
+    close: npt.NDArray[np.float64]  # (CLOSE_FEATURES,)
+
+
 @lru_cache(maxsize=1)
-def fitted_weights() -> dict[str, npt.NDArray[np.float64]]:
-    """Language of the question -> fitted weights in the order of FEATURES."""
-    fitted = json.loads(_FITTED.read_text(encoding="utf-8"))["weights"]
+def _fitted() -> dict[str, _Fitted]:
+    """Language of the question -> its fitted weights."""
+    values = json.loads(_FITTED.read_text(encoding="utf-8"))
     return {
-        language: np.array([weights[name] for name in FEATURES])
-        for language, weights in fitted.items()
+        language: _Fitted(
+            np.array([values["weights"][language][name] for name in FEATURES]),
+            np.array([values["close_weights"][language][name] for name in CLOSE_FEATURES]),
+        )
+        for language in values["weights"]
     }
 
 
@@ -122,11 +142,32 @@ def _adjacent(places: Sequence[tuple[int, str]], first: str, second: str) -> boo
     return False
 
 
-def rank(
-    features: npt.NDArray[np.float64], language: Language, same_language: Sequence[bool]
-) -> npt.NDArray[np.float64]:
-    """Scores (candidates,), higher is better, for a question in `language`.
+def rank(features: npt.NDArray[np.float64], language: Language) -> npt.NDArray[np.float64]:
+    """First-stage scores (candidates,), higher is better, for a question in `language`."""
+    return features @ _fitted()[language].first
 
-    `same_language` says which candidates are written in it.
-    """
-    return features @ fitted_weights()[language] + SAME_LANGUAGE * np.asarray(same_language)
+
+def close_features(
+    question: str, scores: npt.NDArray[np.float64], texts: Sequence[str]
+) -> npt.NDArray[np.float64]:
+    """float64 (passages, CLOSE_FEATURES) of passages with their first-stage scores."""
+    sentences: list[str] = []
+    owners: list[int] = []
+    for number, text in enumerate(texts):
+        spans = sentence_spans(text)
+        sentences += [text[start:end] for start, end in spans]
+        owners += [number] * len(spans)
+    rows = np.zeros((len(texts), len(CLOSE_FEATURES)))
+    rows[:, 0] = scores
+    match = SoftMatch(question, sentences)
+    np.maximum.at(rows[:, 1], owners, match.coverages())
+    np.maximum.at(rows[:, 2], owners, match.dense)
+    return rows
+
+
+def rank_closely(
+    question: str, scores: npt.NDArray[np.float64], texts: Sequence[str], language: Language
+) -> npt.NDArray[np.float64]:
+    """Second-stage scores (passages,) for the passages that the first stage put in front."""
+    same = np.array([detect_language(text) == language for text in texts])
+    return close_features(question, scores, texts) @ _fitted()[language].close + SAME_LANGUAGE * same

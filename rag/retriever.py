@@ -14,7 +14,7 @@ from rag.embedder import Embedder
 from rag.errors import InputError
 from rag.knowledge import KnowledgeBase, StoredChunk
 from rag.language import Language, detect_language
-from rag.ranking import FEATURES, Candidate, match_features, rank
+from rag.ranking import CLOSE, FEATURES, Candidate, match_features, rank, rank_closely
 from rag.sentences import best_sentence_start
 from rag.soft_match import bundled_table
 from rag.term_weights import background, term_weights
@@ -124,11 +124,14 @@ class Retriever:
         stored, features = self._candidates(weighed, vector, dense, max(CANDIDATES, 3 * k))
         if not stored:
             return Retrieval(weighed, (), np.zeros(len(FEATURES)), np.zeros(len(FEATURES)))
-        scores = rank(
-            features, weighed.language,
-            [detect_language(item.chunk.text) == weighed.language for item in stored],
+        first = rank(features, weighed.language)
+        front = sorted(range(len(stored)), key=lambda at: (-first[at], stored[at].row))
+        front = front[: max(CLOSE, k + 4)]
+        close = rank_closely(
+            question, first[front], [stored[at].chunk.text for at in front], weighed.language
         )
-        order = sorted(range(len(stored)), key=lambda at: (-scores[at], stored[at].row))
+        scores = dict(zip(front, close.tolist(), strict=True))
+        order = sorted(front, key=lambda at: (-scores[at], stored[at].row))
         hits: list[Hit] = []
         kept: list[StoredChunk] = []
         kept_rows: list[int] = []
@@ -139,7 +142,7 @@ class Retriever:
             if any(_says_the_same(candidate, other) for other in kept):
                 continue
             hit = Hit(
-                chunk=candidate.chunk, score=float(scores[at]),
+                chunk=candidate.chunk, score=scores[at],
                 dense_score=float(features[at, 1]), bm25_score=float(features[at, 0]),
             )
             kept.append(candidate)

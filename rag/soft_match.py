@@ -14,6 +14,7 @@ from typing import cast
 
 import numpy as np
 import numpy.typing as npt
+from scipy import sparse
 
 from rag.embedder import StaticEmbedder, Vectors, load_embedder
 
@@ -35,22 +36,35 @@ class SoftMatch:
 
     def __init__(self, question: str, sentences: Sequence[str]) -> None:
         table = bundled_table()
-        question_tokens = table.token_vectors([question])[0]  # (Q, d)
-        norms = np.linalg.norm(question_tokens, axis=1)
+        asked_ids, *ids = table.token_ids([question, *sentences])
+        asked = table.table[asked_ids]  # (Q, d)
+        norms = np.linalg.norm(asked, axis=1)
         self.weights: Vectors = norms / max(float(norms.sum()), 1e-9)  # (Q,)
         self.nearest: Vectors = np.zeros((len(sentences), len(norms)), dtype=np.float32)
-        vectors = [rows[:_MOST_TOKENS] for rows in table.token_vectors(sentences)]
-        filled = [at for at, rows in enumerate(vectors) if len(rows)]
-        if filled and len(norms):
-            tokens = np.concatenate([vectors[at] for at in filled])  # (T, d)
-            tokens = tokens / np.maximum(np.linalg.norm(tokens, axis=1, keepdims=True), 1e-9)
-            unit = question_tokens / np.maximum(norms[:, None], 1e-9)
-            cosines = tokens @ unit.T  # (T, Q)
-            starts = np.cumsum([0, *(len(vectors[at]) for at in filled[:-1])])
-            self.nearest[filled] = np.maximum.reduceat(cosines, starts, axis=0)
+        self.dense: Vectors = np.zeros(len(sentences), dtype=np.float32)
+        ids = [part[:_MOST_TOKENS] for part in ids]
+        filled = [at for at, part in enumerate(ids) if part]
+        if not filled or not len(norms):
+            return
+        # Most tokens stand in many sentences: each is compared with the question once.
+        flat = np.concatenate([np.asarray(ids[at]) for at in filled])  # (T,)
+        distinct, place = np.unique(flat, return_inverse=True)  # (U,), (T,)
+        vectors = table.table[distinct]  # (U, d)
+        unit = asked / np.maximum(norms[:, None], 1e-9)
+        lengths = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+        cosines = vectors @ unit.T / lengths  # (U, Q)
+        sizes = [len(ids[at]) for at in filled]
+        starts = np.cumsum([0, *sizes[:-1]])
+        self.nearest[filled] = np.maximum.reduceat(cosines[place], starts, axis=0)
         np.maximum(self.nearest, 0.0, out=self.nearest)
-        whole = table.embed_passages([question, *sentences])
-        self.dense: Vectors = whole[1:] @ whole[0]
+        counts = sparse.csr_matrix(
+            (np.ones(len(flat), dtype=np.float32), place, [0, *np.cumsum(sizes)]),
+            shape=(len(filled), len(distinct)),
+        )
+        whole = counts @ vectors  # (sentences, d), each its tokens' sum
+        total = asked.sum(axis=0)
+        scale = np.linalg.norm(whole, axis=1) * np.linalg.norm(total)
+        self.dense[filled] = whole @ total / np.maximum(scale, 1e-9)
 
     def coverage(self, rows: Sequence[int]) -> float:
         """Weighed share of the question that the sentences `rows` say together, 0 to 1."""

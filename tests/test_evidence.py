@@ -70,10 +70,21 @@ def sentence(number, start, end, score):
 
 def test_one_clear_winner_is_quoted_alone_and_equals_together():
     assert quotations([sentence(1, 0, 9, 5.0), sentence(1, 10, 20, 0.0)]) == [(1, 0, 9)]
-    # Two equal sentences have one half each: 0.5 < 0.75, so both are needed.
+    # Two equal sentences have one half each: 0.5 < 0.9, so both are needed.
     assert quotations([sentence(2, 0, 9, 1.0), sentence(1, 30, 40, 1.0)]) == [(2, 0, 9), (1, 30, 40)]
 
 
 def test_neighbours_become_one_quotation_and_never_more_than_three():
     equal = [sentence(1, 10 * at, 10 * at + 9, math.log(2)) for at in (1, 0, 3, 4)]
     assert quotations(equal) == [(1, 0, 19), (1, 30, 39)]
+
+
+@pytest.mark.parametrize("heading", ["三、缓存的是什么", "1. Reading documents", "What is cached", "缓存里有什么"])
+def test_a_short_line_between_blank_lines_is_a_heading(heading):
+    text = f"前文在此。\n\n{heading}\n\n缓存的是键和值 what is cached。"
+    assert heading not in [item.text for item in ranked("缓存的是什么 what is cached?", text)]
+
+
+@pytest.mark.parametrize("line", ["- 缓存三天", "| 缓存 | 3 |", "缓存三天。", "The cache is kept for three days."])
+def test_a_list_item_a_table_row_and_a_sentence_are_no_headings(line):
+    assert line in [item.text for item in ranked("缓存多久 cache?", f"前文在此。\n\n{line}\n\n后文。")]

@@ -83,7 +83,7 @@ def test_a_small_model_that_is_unsure_is_replaced_by_a_quotation(folder):
     rag, _ = rag_with(folder, "Dogs pay rent.", calibration=CERTAIN, logprob=-3.0)
     answer = rag.ask("How much is the monthly rent of the flat?")
     assert answer.kind == "quoted"
-    assert answer.citations[0].quote == "The monthly rent is 1,250 euros."
+    assert "The monthly rent is 1,250 euros." in answer.citations[0].quote
     assert "1,250 euros" in answer.text and "[1]" in answer.text
 
 

@@ -24,7 +24,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.nn import functional
 
-from rag.bundled.training_data import held_out, read_rows, text_files, windows
+from rag.bundled.training_data import held_out, is_measured, read_rows, text_files, windows
 
 WIDTH = 256
 VOCABULARY = 30_000  # 30,000 x 256 float16 are 15.4 MB
@@ -101,7 +101,7 @@ def collect_pairs(
                 "lecoqa-train": 10}
     for language in ("en", "zh"):
         for row in read_rows(data / f"retrieval_pairs.{language}.jsonl.xz"):
-            if not held_out(row["positive"], language):
+            if not held_out(row["positive"], language) and not is_measured(row["query"]):
                 add(row["src"], row["query"], row["positive"], False, steps_of[row["src"]])
     for row in read_rows(data / "parallel.en-zh.jsonl.xz"):
         if 12 <= len(row["en"]) <= 600:

@@ -7,7 +7,9 @@ import json
 import lzma
 import random
 import re
+import unicodedata
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,24 @@ def held_out(passage: str, language: str) -> bool:
     """
     digest = hashlib.blake2b(passage.encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") % (20 if language == "en" else 5) == 0
+
+
+def question_hash(question: str) -> str:
+    """12 hex digits that case, width, punctuation and blanks do not change."""
+    plain = re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", question).lower())
+    return hashlib.blake2b(plain.encode(), digest_size=6).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def measuring_questions() -> frozenset[str]:
+    """Hashes of the questions that quality is measured on; nothing may be trained on them."""
+    file = Path(__file__).parent / "measuring_questions.txt"
+    return frozenset(file.read_text(encoding="ascii").split())
+
+
+def is_measured(question: str) -> bool:
+    """Whether a training question is one of those kept for measuring."""
+    return question_hash(question) in measuring_questions()
 
 
 def text_files(data: Path) -> list[Path]:
