@@ -131,7 +131,9 @@ def _print_sources(answer: Answer) -> None:
         print("\nSources")
     for citation in answer.citations:
         page = f", page {citation.page}" if citation.page is not None else ""
-        print(f"  [{citation.marker}] {citation.path}{page}: {' '.join(citation.quote.split())}")
+        place = f"  [{citation.marker}] {citation.path}{page}, characters {citation.start}-{citation.end}"
+        # A quotation has just been shown; beside the model's own words the source's are needed.
+        print(place if answer.kind == "quoted" else f"{place}: {' '.join(citation.quote.split())}")
     if answer.refused and answer.hits:
         print("\nNearest passages")
         for hit in answer.hits:
