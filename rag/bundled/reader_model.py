@@ -22,7 +22,7 @@ EPS = 1e-6
 TRAINING_ONLY = (
     "sentence_head.weight", "no_sentence", "match_head.weight", "coverage_head.weight", "head_bias"
 )
-PLAIN_ATTENTION = 512  # longest row that goes through the plain product on a processor
+PLAIN_ATTENTION = 1024  # longest row that goes through the plain product on a processor
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,7 @@ STAGES: tuple[Stage, ...] = (
 # which is what a processor is short of; a GPU spends most of its time on prompts as they are used
 ENDS: dict[str, tuple[float, ...]] = {
     "tiny": (0.45, 0.65, 0.85, 1.0),
-    "small": (0.45, 0.65, 0.85, 1.0),
+    "small": (0.45, 0.65, 0.88, 1.0),
     "gpu": (0.15, 0.30, 0.60, 1.0),
 }
 COPY_TOKENS = 48  # length of the stretch that is said twice
