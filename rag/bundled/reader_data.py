@@ -22,6 +22,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from rag.bundled.training_data import is_measured
 from rag.language import REFUSAL, Language, detect_language
 from rag.prompt import neutralise, reader_prompt
 
@@ -137,6 +138,8 @@ def load_collection(data: Path, language: Language, *, limit: int | None = None)
             continue
         answer = answer.strip()
         if not answer or answer not in context or context.startswith("中华人民共和国"):
+            continue
+        if is_measured(row["question"]):
             continue
         if context not in numbers:
             numbers[context] = len(paragraphs)
