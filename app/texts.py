@@ -44,7 +44,7 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "generated_note": ("Each sentence was compared with its source.", "每句话都已和出处核对。"),
     "quoted": ("Quoted from the source", "摘自原文"),
     "quoted_note": (
-        "The model was not sure enough of its own words, so this is the sentence of the documents that fits best.",
+        "The model was not sure enough of its own words, so this is what fits best, word for word.",
         "模型对自己的表述把握不足，这里直接给出文档中最切题的原句。",
     ),
     "refused": ("Not in the documents", "文档中没有"),

@@ -371,16 +371,7 @@ class KnowledgeBase:
         with self._change() as connection:
             _delete_file(connection, record.path)
             _insert_record(connection, record)
-            connection.execute(
-                "INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (
-                    document.path, _storable(document.text), document.media_type,
-                    _storable(document.title),
-                    json.dumps([(page.number, page.start, page.end) for page in document.pages]),
-                    _dump([(head.level, head.title, head.start) for head in document.headings]),
-                    _dump(document.warnings),
-                ),
-            )
+            _insert_document(connection, document)
             self._insert_chunks(connection, chunks, packed)
 
     def _insert_chunks(
@@ -425,16 +416,7 @@ class KnowledgeBase:
                 connection,
                 replace(record, path=new_path, chunks=len(chunks), characters=len(document.text)),
             )
-            connection.execute(
-                "INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (
-                    new_path, _storable(document.text), document.media_type,
-                    _storable(document.title),
-                    json.dumps([(page.number, page.start, page.end) for page in document.pages]),
-                    _dump([(head.level, head.title, head.start) for head in document.headings]),
-                    _dump(document.warnings),
-                ),
-            )
+            _insert_document(connection, document)
             self._insert_chunks(connection, chunks, vectors.astype(np.float16))
 
     def remove_file(self, path: str) -> None:
@@ -661,6 +643,18 @@ def _insert_record(connection: sqlite3.Connection, record: FileRecord) -> None:
         (
             record.path, record.sha256, record.size, record.status, record.pages, record.chunks,
             record.characters, record.seconds, record.pipeline, _dump(record.warnings), record.error,
+        ),
+    )
+
+
+def _insert_document(connection: sqlite3.Connection, document: Document) -> None:
+    connection.execute(
+        "INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (
+            document.path, _storable(document.text), document.media_type, _storable(document.title),
+            json.dumps([(page.number, page.start, page.end) for page in document.pages]),
+            _dump([(head.level, head.title, head.start) for head in document.headings]),
+            _dump(document.warnings),
         ),
     )
 

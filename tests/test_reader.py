@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rag.bundled.reader_data import read_rows
 from rag.bundled.reader_eval import BUNDLED, ReaderModel, load_squad
+from rag.bundled.training_data import read_rows
 from rag.prompt import READER_TOKENS
 
 DATA = os.environ.get("RAG_TRAINING_DATA")

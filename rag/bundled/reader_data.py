@@ -7,12 +7,10 @@ the first stage, stretches of tokens said twice. The prompt itself comes from `r
 
 from __future__ import annotations
 
-import json
-import lzma
 import random
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from rag.bundled.training_data import is_measured
+from rag.bundled.training_data import is_measured, read_rows
 from rag.language import REFUSAL, Language, detect_language
 from rag.prompt import neutralise, reader_prompt
 
@@ -80,13 +78,6 @@ class Example:
     passage_starts: tuple[int, ...]
     question_start: int
     blocks: bool
-
-
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of an xz-compressed file, a line each."""
-    with lzma.open(path, "rt", encoding="utf8") as lines:
-        for line in lines:
-            yield json.loads(line)
 
 
 def split_sentences(text: str) -> tuple[tuple[int, int], ...]:

@@ -40,7 +40,6 @@ from rag.bundled.reader_data import (
     hold_out,
     load_collection,
     load_plain,
-    read_rows,
 )
 from rag.bundled.reader_eval import ReaderModel, calibrate
 from rag.bundled.reader_export import draw_curve, export_tokenizer, export_weights, write_json
@@ -55,6 +54,7 @@ from rag.bundled.reader_model import (
 )
 from rag.bundled.reader_tokenizer import load_tokenizer, train_tokenizer
 from rag.bundled.reader_vectors import count_neighbours, factorise, spread
+from rag.bundled.training_data import read_rows
 from rag.language import Language
 from rag.prompt import READER_TOKENS
 
