@@ -125,10 +125,9 @@ def test_a_chinese_question_is_answered_and_its_source_opens_on_the_passage(visi
     assert "键" in mark.inner_text()
     box, height = mark.bounding_box(), page.viewport_size["height"]
     assert box is not None and 0 <= box["y"] < height
-    # the PDF page as a picture
+    # the PDF page as a picture, one for each page that is cited
     page.locator('[class*="st-key-view-"] button').first.click()
-    picture = page.locator('[data-testid="stDialog"] img')
-    picture.wait_for()
+    page.locator('[data-testid="stDialog"] img').first.wait_for()
     page.wait_for_function(
         "() => document.querySelector('[data-testid=\"stDialog\"] img').naturalWidth > 500"
     )
