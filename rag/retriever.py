@@ -34,7 +34,6 @@ class WeighedQuestion:
     language: Language
     terms: tuple[str, ...]
     weights: dict[str, float]
-    unknown_terms: frozenset[str]  # those that stand nowhere in the base
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +105,6 @@ class Retriever:
         return WeighedQuestion(
             text=question, language=detect_language(question), terms=tuple(terms),
             weights={term: weights[term] for term in terms},
-            unknown_terms=frozenset(term for term in terms if not counts[term]),
         )
 
     def _collection_facts(self) -> _CollectionFacts:

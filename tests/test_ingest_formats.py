@@ -8,23 +8,10 @@ from email.message import EmailMessage
 from pathlib import Path
 
 import pytest
+from loading import load, titles
 
 from ingest.loaders import LOADERS, load_document
-from rag.document import Document
 from rag.errors import LoadError
-
-
-def load(folder: Path, name: str, content: str | bytes) -> Document:
-    file = folder / name
-    file.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    return load_document(file, name)
-
-
-def titles(document: Document) -> list[tuple[int, str]]:
-    for heading in document.headings:
-        assert 0 <= heading.start < len(document.text)
-    return [(heading.level, heading.title) for heading in document.headings]
-
 
 # tables -----------------------------------------------------------------------------------------
 

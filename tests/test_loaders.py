@@ -8,28 +8,16 @@ from pathlib import Path
 
 import docx
 import pytest
+from loading import load, titles
 
 from ingest.encoding import decode_text
 from ingest.loaders import find_loader, load_document, why_skipped
 from ingest.outline import find_counted_headings, find_numbered_headings
-from rag.document import Document
 from rag.errors import LoadError
 
 SIMPLIFIED = "缓存把每个词元的键和值留在显存里，所以下一步只算新的词元。"
 TRADITIONAL = "快取把每個詞元的鍵和值留在顯示記憶體裡，所以下一步只算新的詞元。"
 JAPANESE = "キャッシュは各トークンのキーと値を保持します。だから次の計算は新しいものだけです。"
-
-
-def load(folder: Path, name: str, content: str | bytes) -> Document:
-    file = folder / name
-    file.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    return load_document(file, name)
-
-
-def titles(document: Document) -> list[tuple[int, str]]:
-    for heading in document.headings:
-        assert 0 <= heading.start < len(document.text)
-    return [(heading.level, heading.title) for heading in document.headings]
 
 
 # encodings --------------------------------------------------------------------------------------
