@@ -68,6 +68,10 @@ class GenerationStats:
     dtype: str = ""
     generator: str = ""
     finish_reason: str = ""  # "stop", "length", "cancelled"; "" where nothing was generated
+    # Memory on the device, in bytes; 0 where nothing was generated.
+    model_bytes: int = 0
+    cache_bytes: int = 0  # the most that the KV cache may hold
+    cached_bytes: int = 0  # what it held when the answer was finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,8 @@ class Answer:
 
     `kind` says how the text came about: "generated" by the model, "quoted" (the best-supported
     sentence of the sources, because the model's answer was not trustworthy enough) or "refused".
-    `unsupported` holds the sentences of `text` that no retrieved passage supports.
+    `unsupported` holds the sentences of `text` that no retrieved passage supports. `prompt` is what
+    the model read, special tokens and all; empty where it was not asked.
     """
 
     question: str
@@ -87,14 +92,15 @@ class Answer:
     unsupported: tuple[str, ...] = ()
     confidence: float = 0.0
     stats: GenerationStats = field(default_factory=GenerationStats)
+    prompt: str = ""
 
     @property
     def refused(self) -> bool:
         return self.kind == "refused"
 
-    def to_dict(self) -> dict[str, Any]:
-        """The object that `ask --json` prints."""
-        return {
+    def to_dict(self, *, with_prompt: bool = False) -> dict[str, Any]:
+        """The object that `ask --json` prints; the long prompt only where it is wanted."""
+        values: dict[str, Any] = {
             "question": self.question,
             "answer": self.text,
             "refused": self.refused,
@@ -105,3 +111,6 @@ class Answer:
             "hits": [hit.to_dict() for hit in self.hits],
             "stats": asdict(self.stats),
         }
+        if with_prompt:
+            values["prompt"] = self.prompt
+        return values

@@ -20,9 +20,12 @@ from rag.errors import GeneratorError
 from rag.language import detect_language
 from rag.prompt import Message, Prompt
 from rag.settings import Settings
+from rag.stopping import Stop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from rag.engine.placement import MemoryPlan
 
 BUNDLED_READER = Path(__file__).parent / "bundled" / "reader"
 
@@ -252,9 +255,11 @@ class Generator:
         name: str,
         is_reader: bool = False,
         stop_ids: Collection[int] = (),
+        memory: MemoryPlan | None = None,
     ) -> None:
         self.engine = engine
         self.name = name
+        self._memory = memory
         self._tokenizer = tokenizer
         self._format = PromptFormat(tokenizer, is_reader=is_reader)
         self.layout: Layout = self._format.layout
@@ -281,6 +286,31 @@ class Generator:
         """The prompt's token ids, special tokens included."""
         return self._format.encode(prompt)
 
+    def prompt_text(self, prompt: Prompt) -> str:
+        """What the model reads, back from its tokens: template and special tokens included."""
+        ids = list(self.encode(prompt))
+        with _TOKENIZING:
+            text = self._tokenizer.decode(
+                ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        assert isinstance(text, str)
+        return text
+
+    @property
+    def model_bytes(self) -> int:
+        """Memory of the weights on the device; 0 where it was not planned by `load_generator`."""
+        return self._memory.weight_bytes if self._memory else 0
+
+    @property
+    def cache_bytes(self) -> int:
+        """The most that keys and values may take."""
+        return self._memory.kv_tokens * self._memory.kv_bytes_per_token if self._memory else 0
+
+    @property
+    def cached_bytes(self) -> int:
+        """What keys and values take now."""
+        return self.engine.cached_tokens * self._memory.kv_bytes_per_token if self._memory else 0
+
     def count_tokens(self, prompt: Prompt) -> int:
         """How many of the model's tokens the prompt takes."""
         return len(self.encode(prompt))
@@ -292,19 +322,25 @@ class Generator:
         max_new_tokens: int,
         sampling: Sampling | None = None,
         stop_strings: Sequence[str] = (),
+        stop: Stop | None = None,
     ) -> PyGenerator[str, None, GenerationResult]:
         """Yield the text piece by piece; the generator's return value is the GenerationResult.
 
-        Closing it stops the computation. Raises GeneratorError where prompt and new tokens exceed
-        the context.
+        Closing it stops the computation, and so does `stop` from another thread, even while the
+        prompt is being read; the result then says "cancelled". Raises GeneratorError where prompt
+        and new tokens exceed the context.
         """
         request = self._request(prompt, max_new_tokens, sampling)
         text = self._text_stream(stop_strings)
         ids: list[int] = []
         logprobs: list[float] = []
+        if stop is not None:
+            stop.then(lambda: self.engine.cancel(request.id))
         events = self.engine.generate([request])
         try:
             for event in events:
+                if stop is not None and stop.is_set:  # perhaps before the engine knew the request
+                    self.engine.cancel(request.id)
                 if isinstance(event, FinishEvent):
                     piece = text.finish()
                     if piece:
@@ -465,7 +501,9 @@ def load_generator(settings: Settings) -> Generator:
         release=True,
         int8=int8,
     )
-    return Generator(engine, tokenizer, name=name, is_reader=is_reader, stop_ids=stop_ids)
+    return Generator(
+        engine, tokenizer, name=name, is_reader=is_reader, stop_ids=stop_ids, memory=plan
+    )
 
 
 def find_model(name: str) -> Path:

@@ -28,6 +28,7 @@ from rag.language import REFUSAL
 from rag.prompt import Prompt, build_prompt
 from rag.retriever import Retrieval, Retriever
 from rag.settings import Settings
+from rag.stopping import Stop
 
 if TYPE_CHECKING:
     from rag.generator import GenerationResult, Generator
@@ -113,12 +114,15 @@ class Rag:
                 return answer
 
     def stream(
-        self, question: str, *, history: History = (), retrieval: Retrieval | None = None
+        self, question: str, *, history: History = (), retrieval: Retrieval | None = None,
+        stop: Stop | None = None,
     ) -> PyGenerator[str | Answer, None, Answer]:
         """Yield pieces of text as they are written, and last the Answer (also the return value).
 
         The Answer's text is the one that counts: markers that don't hold have been set right in it.
         Where a model's confidence decides whether its words are shown at all, they come in one piece.
+        `stop`, set in another thread, ends the model's work at once; the Answer is then made of
+        what it had written.
         """
         plan = self._plan(question, history, retrieval)
         if plan.refuse:
@@ -128,7 +132,8 @@ class Rag:
             return answer
         prompt = self._prompt(plan, history)
         writing = self.generator.stream(
-            prompt, max_new_tokens=self.settings.max_new_tokens, sampling=self._sampling()
+            prompt, max_new_tokens=self.settings.max_new_tokens, sampling=self._sampling(),
+            stop=stop,
         )
         held_back = self._calibration is not None
         pieces: list[str] = []
@@ -141,7 +146,9 @@ class Rag:
             pieces.append(piece)
             if not held_back:
                 yield piece
-        answer = self._compose(plan, prompt, result)
+        answer = replace(
+            self._compose(plan, prompt, result), prompt=self.generator.prompt_text(prompt)
+        )
         if held_back:
             yield answer.text
         yield answer
@@ -170,7 +177,9 @@ class Rag:
                 sampling=self._sampling(),
             )
             for (at, plan, prompt), result in zip(asked, results, strict=True):
-                answers[at] = self._compose(plan, prompt, result)
+                answers[at] = replace(
+                    self._compose(plan, prompt, result), prompt=self.generator.prompt_text(prompt)
+                )
         return [answers[at] for at in range(len(plans))]
 
     # before the model writes
@@ -286,6 +295,8 @@ class Rag:
             tokens_per_second=result.tokens_per_second, seconds_retrieval=plan.seconds_retrieval,
             seconds_total=time.perf_counter() - plan.began, device=generator.device,
             dtype=generator.dtype, generator=generator.name, finish_reason=result.finish_reason,
+            model_bytes=generator.model_bytes, cache_bytes=generator.cache_bytes,
+            cached_bytes=generator.cached_bytes,
         )
 
     def _page_at(self, path: str, offset: int) -> int | None:

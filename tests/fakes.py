@@ -50,6 +50,9 @@ class ScriptedGenerator:
     device = "cpu"
     dtype = "float32"
     context_length = 4096
+    model_bytes = 3 * 2**20
+    cache_bytes = 2 * 2**20
+    cached_bytes = 2**20
 
     def __init__(self, *texts: str, layout: str = "chat", logprob: float = -0.1) -> None:
         self.texts = list(texts)
@@ -61,7 +64,10 @@ class ScriptedGenerator:
         text = prompt.text or " ".join(message.content for message in prompt.messages)
         return len(text.split())
 
-    def stream(self, prompt, *, max_new_tokens, sampling=None, stop_strings=()):
+    def prompt_text(self, prompt: Prompt) -> str:
+        return prompt.text or "\n".join(f"[{m.role}]\n{m.content}" for m in prompt.messages)
+
+    def stream(self, prompt, *, max_new_tokens, sampling=None, stop_strings=(), stop=None):
         self.prompts.append(prompt)
         text = self.texts.pop(0)
         pieces = text.split(" ")

@@ -148,3 +148,15 @@ def test_an_empty_question_and_an_empty_base_are_told_apart(folder, tmp_path):
         Rag.open(tmp_path / "none")
     KnowledgeBase.create(tmp_path / "kb")
     assert Rag.open(tmp_path / "kb").ask("Anything?").refused
+
+
+def test_an_answer_holds_the_prompt_and_the_memory_it_was_made_with(folder):
+    rag, generator = rag_with(folder, "The monthly rent is 1,250 euros.", "The monthly rent is 1,250 euros.")
+    answer = rag.ask("How much is the monthly rent of the flat?")
+    assert answer.prompt == generator.prompt_text(generator.prompts[0])
+    assert "The monthly rent is 1,250 euros" in answer.prompt
+    assert (answer.stats.model_bytes, answer.stats.cache_bytes) == (3 * 2**20, 2 * 2**20)
+    assert "prompt" not in answer.to_dict()
+    assert answer.to_dict(with_prompt=True)["prompt"] == answer.prompt
+    (batched,) = rag.batch(["How much is the monthly rent of the flat?"])
+    assert batched.prompt == answer.prompt

@@ -94,6 +94,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def cached_tokens(self) -> int:
+        """Tokens whose keys and values are held now, of running requests and earlier ones."""
+        ...
+
+    @property
     def description(self) -> str:
         """Which forward runs and what is reused, in a few words."""
         ...

@@ -221,6 +221,10 @@ class PooledEngine:
     def description(self) -> str:
         return f"{self._model.description}, {self.kv_tokens} tokens of shared KV cache"
 
+    @property
+    def cached_tokens(self) -> int:
+        return self._cache.capacity - self._cache.free.total
+
     def generate(self, requests: Sequence[Request]) -> Iterator[Event]:
         """Run the requests and yield their events as they come. Closing the iterator cancels.
 

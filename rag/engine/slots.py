@@ -159,6 +159,11 @@ class SlotEngine:
         reuse = "prefix reuse" if self.reuses_prefixes else "no prefix reuse (recurrent layers)"
         return f"transformers forward of {type(self._model).__name__}{self._reason}, {reuse}"
 
+    @property
+    def cached_tokens(self) -> int:
+        with self._slots_lock:
+            return sum(len(slot.tokens) for slot in self._slots)
+
     def generate(self, requests: Sequence[Request]) -> Iterator[Event]:
         """Run the requests and yield their events as they come. Closing the iterator cancels.
 
