@@ -55,6 +55,8 @@ class GenerationResult:
     """One finished generation. `text` is all that was streamed, stop strings cut off.
 
     `token_logprobs` are natural logs, one for each of `token_ids`, before temperature and filters.
+    `top_logprobs` has, for each of them, the most probable tokens of its place with theirs, highest
+    first; empty where none were asked for.
     `tokens_per_second` counts from the first token on; 0.0 where there were fewer than two.
     """
 
@@ -67,6 +69,7 @@ class GenerationResult:
     new_tokens: int
     seconds_to_first_token: float
     tokens_per_second: float
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 class TextStream:
@@ -315,6 +318,13 @@ class Generator:
         """How many of the model's tokens the prompt takes."""
         return len(self.encode(prompt))
 
+    def token_text(self, token_id: int) -> str:
+        """What one token stands for by itself; part of a character shows as U+FFFD."""
+        with _TOKENIZING:
+            text = self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
     def stream(
         self,
         prompt: Prompt,
@@ -322,18 +332,19 @@ class Generator:
         max_new_tokens: int,
         sampling: Sampling | None = None,
         stop_strings: Sequence[str] = (),
+        top_logprobs: int = 0,
         stop: Stop | None = None,
     ) -> PyGenerator[str, None, GenerationResult]:
         """Yield the text piece by piece; the generator's return value is the GenerationResult.
 
+        With `top_logprobs` the result has that many of the most probable tokens for each place.
         Closing it stops the computation, and so does `stop` from another thread, even while the
         prompt is being read; the result then says "cancelled". Raises GeneratorError where prompt
         and new tokens exceed the context.
         """
-        request = self._request(prompt, max_new_tokens, sampling)
+        request = self._request(prompt, max_new_tokens, sampling, top_logprobs)
         text = self._text_stream(stop_strings)
-        ids: list[int] = []
-        logprobs: list[float] = []
+        tokens: list[TokenEvent] = []
         if stop is not None:
             stop.then(lambda: self.engine.cancel(request.id))
         events = self.engine.generate([request])
@@ -345,10 +356,9 @@ class Generator:
                     piece = text.finish()
                     if piece:
                         yield piece
-                    return _result(event, text, ids, logprobs)
+                    return _result(event, text, tokens)
                 if not text.stopped:  # else chosen before the engine saw the cancellation
-                    ids.append(event.token_id)
-                    logprobs.append(event.logprob)
+                    tokens.append(event)
                     piece = text.push(event.token_id)
                     if piece:
                         yield piece
@@ -367,10 +377,15 @@ class Generator:
         max_new_tokens: int,
         sampling: Sampling | None = None,
         stop_strings: Sequence[str] = (),
+        top_logprobs: int = 0,
     ) -> GenerationResult:
         """The whole answer at once."""
         return self.generate_batch(
-            [prompt], max_new_tokens=max_new_tokens, sampling=sampling, stop_strings=stop_strings
+            [prompt],
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop_strings=stop_strings,
+            top_logprobs=top_logprobs,
         )[0]
 
     def generate_batch(
@@ -380,32 +395,35 @@ class Generator:
         max_new_tokens: int,
         sampling: Sampling | None = None,
         stop_strings: Sequence[str] = (),
+        top_logprobs: int = 0,
     ) -> list[GenerationResult]:
         """One result for each prompt, in their order.
 
         With a seed each prompt samples from its own generator, started from that same seed.
         """
-        requests = [self._request(prompt, max_new_tokens, sampling) for prompt in prompts]
+        requests = [
+            self._request(prompt, max_new_tokens, sampling, top_logprobs) for prompt in prompts
+        ]
         texts = {request.id: self._text_stream(stop_strings) for request in requests}
-        ids: dict[str, list[int]] = {request.id: [] for request in requests}
-        logprobs: dict[str, list[float]] = {request.id: [] for request in requests}
+        tokens: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
         results: dict[str, GenerationResult] = {}
         for event in self.engine.generate(requests):
             id_ = event.request_id
             text = texts[id_]
             if isinstance(event, TokenEvent):
                 if not text.stopped:  # else chosen before the engine saw the cancellation
-                    ids[id_].append(event.token_id)
-                    logprobs[id_].append(event.logprob)
+                    tokens[id_].append(event)
                     text.push(event.token_id)
                 if text.stopped:
                     self.engine.cancel(id_)
             else:
                 text.finish()
-                results[id_] = _result(event, text, ids[id_], logprobs[id_])
+                results[id_] = _result(event, text, tokens[id_])
         return [results[request.id] for request in requests]
 
-    def _request(self, prompt: Prompt, max_new_tokens: int, sampling: Sampling | None) -> Request:
+    def _request(
+        self, prompt: Prompt, max_new_tokens: int, sampling: Sampling | None, top_logprobs: int
+    ) -> Request:
         with self._numbers_lock:
             number = next(self._numbers)
         ids = self.encode(prompt)
@@ -418,6 +436,7 @@ class Generator:
             max_new_tokens=max_new_tokens,
             sampling=sampling if sampling is not None else Sampling(),
             stop_ids=self.stop_ids,
+            top_logprobs=top_logprobs,
         )
 
     def _text_stream(self, stop_strings: Sequence[str]) -> TextStream:
@@ -425,21 +444,20 @@ class Generator:
         return TextStream(self._tokenizer, stops)
 
 
-def _result(
-    event: FinishEvent, text: TextStream, ids: list[int], logprobs: list[float]
-) -> GenerationResult:
+def _result(event: FinishEvent, text: TextStream, tokens: list[TokenEvent]) -> GenerationResult:
     decoding = event.seconds - event.seconds_to_first_token
     rate = (event.new_tokens - 1) / decoding if event.new_tokens > 1 and decoding > 0 else 0.0
     return GenerationResult(
         text=text.text,
-        token_ids=tuple(ids),
-        token_logprobs=tuple(logprobs),
+        token_ids=tuple(token.token_id for token in tokens),
+        token_logprobs=tuple(token.logprob for token in tokens),
         finish_reason="stop" if text.stopped else event.reason,
         prompt_tokens=event.prompt_tokens,
         reused_tokens=event.reused_tokens,
-        new_tokens=len(ids),
+        new_tokens=len(tokens),
         seconds_to_first_token=event.seconds_to_first_token,
         tokens_per_second=rate,
+        top_logprobs=tuple(token.top for token in tokens if token.top),
     )
 
 

@@ -152,6 +152,32 @@ def test_logprobs_are_those_of_the_model(make_engine: Maker) -> None:
         assert event.logprob == pytest.approx(expected, abs=1e-4)
 
 
+def test_the_most_probable_tokens_are_those_of_log_softmax(make_engine: Maker) -> None:
+    model = make_random_model("qwen2", initializer_range=0.1)
+    sampling = Sampling(temperature=1.2, top_k=3, seed=3, repetition_penalty=1.3)
+    requests = [
+        Request("sampled", PROMPT, 6, sampling, top_logprobs=5),
+        Request("greedy", PROMPT[:40] * 2, 30, top_logprobs=2),  # drafts are accepted here
+        Request("none", PROMPT, 3),
+    ]
+    chosen: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
+    for event in make_engine(model).generate(requests):
+        if isinstance(event, TokenEvent):
+            chosen[event.request_id].append(event)
+    for request in requests:
+        events = chosen[request.id]
+        ids = [*request.prompt_ids, *(event.token_id for event in events)]
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
+        for index, event in enumerate(events):
+            row = logprobs[len(request.prompt_ids) - 1 + index]
+            expected, tokens = row.topk(request.top_logprobs)
+            assert [token for token, _ in event.top] == tokens.tolist()
+            assert [value for _, value in event.top] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert [len(chosen[request.id]) for request in requests] == [6, 30, 3]
+    assert all(event.top[0] == (event.token_id, event.logprob) for event in chosen["greedy"])
+
+
 def test_closing_or_cancelling_a_stream_frees_its_slot(make_engine: Maker) -> None:
     engine = make_engine(make_random_model("llama"), kv=512)
     for _ in range(5):
@@ -173,6 +199,8 @@ def test_requests_that_cannot_run_are_refused_at_once(make_engine: Maker) -> Non
         engine.generate([Request("a", (), 11)])
     with pytest.raises(GeneratorError, match="max_new_tokens is 0"):
         engine.generate([Request("a", PROMPT, 0)])
+    with pytest.raises(GeneratorError, match="top_logprobs is 101; it must be from 0 to 100"):
+        engine.generate([Request("a", PROMPT, 5, top_logprobs=101)])
     with pytest.raises(GeneratorError, match="temperature is -1"):
         engine.generate([Request("a", PROMPT, 5, Sampling(temperature=-1))])
 

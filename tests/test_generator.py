@@ -162,6 +162,29 @@ def test_a_batch_gives_what_single_calls_give(generator: Generator) -> None:
     assert [r.token_ids for r in batch] == [r.token_ids for r in single]
 
 
+def test_the_most_probable_tokens_come_with_the_result_for_each_kept_token(
+    generator: Generator,
+) -> None:
+    result = generator.generate(QUESTION, max_new_tokens=6, top_logprobs=3)
+    assert [len(top) for top in result.top_logprobs] == [3] * result.new_tokens
+    # Greedy: the chosen one is the first.
+    firsts = [top[0] for top in result.top_logprobs]
+    assert firsts == list(zip(result.token_ids, result.token_logprobs))
+    _, streamed = drain(generator.stream(QUESTION, max_new_tokens=6, top_logprobs=3))
+    assert [[token for token, _ in top] for top in streamed.top_logprobs] == [
+        [token for token, _ in top] for top in result.top_logprobs
+    ]
+    assert generator.generate(QUESTION, max_new_tokens=6).top_logprobs == ()
+
+
+def test_a_tokens_text_is_what_it_stands_for_by_itself(generator: Generator) -> None:
+    tokenizer = make_tokenizer()
+    (end,) = tokenizer("<|end|>")["input_ids"]
+    assert generator.token_text(end) == "<|end|>"
+    (first, *rest) = tokenizer("🙂")["input_ids"]
+    assert rest and generator.token_text(first) == "\ufffd"
+
+
 def test_chat_prompts_follow_the_template_and_reader_prompts_stand_as_they_are(
     folder: Path, generator: Generator
 ) -> None:

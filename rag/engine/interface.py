@@ -43,17 +43,23 @@ class Request:
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: tuple[int, ...] = ()  # the stop token ends the output and is not part of it
+    top_logprobs: int = 0  # most probable tokens to report beside each chosen one
     block_starts: tuple[int, ...] = ()
     question_start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One new token with its log-probability (natural log, before temperature and filters)."""
+    """One new token with its log-probability (natural log, before temperature and filters).
+
+    `top` are the `top_logprobs` most probable tokens of its place with their log-probabilities,
+    highest first; the chosen one is among them only where it is that probable.
+    """
 
     request_id: str
     token_id: int
     logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +110,11 @@ class Engine(Protocol):
         ...
 
 
+MAX_TOP_LOGPROBS = 100  # each place of each output keeps that many
+
+
 def check_request(request: Request, context_length: int) -> None:
-    """Raise GeneratorError where the request is empty or too long for the context."""
+    """Raise GeneratorError where the request is empty, too long for the context, or senseless."""
     prompt, new = len(request.prompt_ids), request.max_new_tokens
     if prompt == 0:
         raise GeneratorError("the prompt is empty: there is nothing to continue.")
@@ -115,6 +124,10 @@ def check_request(request: Request, context_length: int) -> None:
         raise GeneratorError(
             f"{prompt} prompt tokens + {new} new tokens = {prompt + new} exceed the context of "
             f"{context_length}. Shorten the prompt or lower max_new_tokens."
+        )
+    if not 0 <= request.top_logprobs <= MAX_TOP_LOGPROBS:
+        raise GeneratorError(
+            f"top_logprobs is {request.top_logprobs}; it must be from 0 to {MAX_TOP_LOGPROBS}."
         )
     starts, asked = request.block_starts, request.question_start
     if starts and not (

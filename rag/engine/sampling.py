@@ -65,6 +65,20 @@ class Logits:
             raise _not_numbers()
         return token, logprob
 
+    def top(self, index: int, k: int) -> tuple[tuple[int, float], ...]:
+        """The k most probable tokens of a row with their log-probabilities, highest first."""
+        return top_logprobs(self._logits[index], k)
+
+
+def top_logprobs(logits: torch.Tensor, k: int) -> tuple[tuple[int, float], ...]:
+    """(token, log-probability) of the k highest of logits (vocabulary,); all where k is more."""
+    if not k:
+        return ()
+    logits = logits.float()
+    highest, tokens = logits.topk(min(k, logits.shape[-1]))
+    logprobs = highest - logits.logsumexp(-1)
+    return tuple(zip(tokens.tolist(), logprobs.tolist(), strict=True))
+
 
 def _not_numbers() -> GeneratorError:
     return GeneratorError(

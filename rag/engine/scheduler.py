@@ -607,7 +607,8 @@ class PooledEngine:
                 break
             row.text.append(token)
             self._new += 1
-            row.call.events.put(TokenEvent(row.request.id, token, logprob))
+            top = logits.top(first + index, row.request.top_logprobs)
+            row.call.events.put(TokenEvent(row.request.id, token, logprob, top))
             if row.new_tokens >= row.request.max_new_tokens:
                 self._finish(row, "length")
                 break

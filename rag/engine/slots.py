@@ -21,7 +21,7 @@ from transformers.cache_utils import (
 )
 
 from rag.engine.interface import Event, FinishEvent, Request, TokenEvent, check_request
-from rag.engine.sampling import Sampler
+from rag.engine.sampling import Sampler, top_logprobs
 from rag.errors import GeneratorError
 
 PREFILL_CHUNK = 512  # tokens a forward: bounds the attention's workspace and other callers' wait
@@ -211,7 +211,8 @@ class SlotEngine:
                     break
                 new_tokens += 1
                 intact = True
-                yield TokenEvent(request.id, token, logprob)
+                top = top_logprobs(logits, request.top_logprobs)
+                yield TokenEvent(request.id, token, logprob, top)
                 if request.id in self._cancelled:
                     reason = "cancelled"
                     break
