@@ -486,6 +486,7 @@ def load_generator(settings: Settings) -> Generator:
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     int8 = settings.dtype == "int8"
+    int8_kv = settings.kv_dtype == "int8"
     config = _load_config(folder, name)
     text_config = config.get_text_config(decoder=True)
     limit = getattr(text_config, "max_position_embeddings", None)
@@ -497,7 +498,7 @@ def load_generator(settings: Settings) -> Generator:
         weight_bytes=weight_bytes(num_weights, text_config, dtype, int8=int8),
         loading_bytes=num_weights * dtype.itemsize,
         dtype="int8" if int8 else str(dtype).removeprefix("torch."),
-        bytes_per_token=kv_bytes_per_token(text_config, dtype),
+        bytes_per_token=kv_bytes_per_token(text_config, dtype, int8=int8_kv),
         needed_tokens=needed,
         device=device,
         free=free_bytes(device),
@@ -518,6 +519,7 @@ def load_generator(settings: Settings) -> Generator:
         kv_tokens=plan.kv_tokens,
         release=True,
         int8=int8,
+        int8_kv=int8_kv,
     )
     return Generator(
         engine, tokenizer, name=name, is_reader=is_reader, stop_ids=stop_ids, memory=plan

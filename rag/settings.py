@@ -25,6 +25,7 @@ class Settings:
     generator: str = "bundled"  # "bundled", a folder, or a Hugging Face name
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", "mps"
     dtype: str = "auto"  # "auto", "float32", "bfloat16", "float16", "int8"
+    kv_dtype: str = "auto"  # of the KV cache: "auto" (the compute dtype), "int8"
     top_k: int = 4  # passages given to the generator
     chunk_tokens: int = 320  # largest chunk, in the embedder's tokens
     max_prompt_tokens: int = 6144  # prompt budget, in the generator's tokens
@@ -62,6 +63,8 @@ class Settings:
             raise SettingsError(
                 f"setting dtype is {self.dtype!r}; it is one of auto, float32, bfloat16, float16, int8."
             )
+        if self.kv_dtype not in ("auto", "int8"):
+            raise SettingsError(f"setting kv_dtype is {self.kv_dtype!r}; it is one of auto, int8.")
         head = self.device.split(":")[0]
         if head not in ("auto", "cpu", "cuda", "mps"):
             raise SettingsError(

@@ -27,13 +27,15 @@ def create_engine(
     kv_tokens: int | None = None,
     release: bool = False,
     int8: bool = False,
+    int8_kv: bool = False,
 ) -> Engine:
     """The engine that runs `model` best, with a KV cache of `kv_tokens` tokens on its device.
 
     `context_length` is the most prompt + new tokens of one request (default: the model's own
     limit); `kv_tokens` bounds what is cached over all requests (default: four contexts). With
     `release` the model may give up its weights to the engine and can't be used afterwards.
-    `int8` stores the weights in 8 bits. Raises GeneratorError where the model can't have that.
+    `int8` stores the weights in 8 bits, `int8_kv` keys and values. Raises GeneratorError where the
+    model can't have that.
     """
     # Here, because importing rag must load neither torch nor transformers.
     from rag.engine.model import DecoderModel, why_unsupported
@@ -51,7 +53,9 @@ def create_engine(
     pooled: DecoderModel | TransformersModel
     if reason is None:
         pooled = DecoderModel(model, release=release, int8=int8)
-        return PooledEngine(pooled, context_length=context_length, kv_tokens=kv_tokens)
+        return PooledEngine(
+            pooled, context_length=context_length, kv_tokens=kv_tokens, int8_kv=int8_kv
+        )
     if int8:
         raise GeneratorError(
             f"8-bit weights need the engine's own forward, and {reason}. Choose another dtype."
@@ -59,7 +63,12 @@ def create_engine(
     try:
         pooled = TransformersModel(model)
     except Unsupported as why:
+        if int8_kv:
+            raise GeneratorError(
+                f"an 8-bit KV cache needs the pool, and this model can't use it: {why}. "
+                "Set kv_dtype to auto."
+            ) from why
         return SlotEngine(
             model, context_length=context_length, kv_tokens=kv_tokens, reason=f" ({why})"
         )
-    return PooledEngine(pooled, context_length=context_length, kv_tokens=kv_tokens)
+    return PooledEngine(pooled, context_length=context_length, kv_tokens=kv_tokens, int8_kv=int8_kv)

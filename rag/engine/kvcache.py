@@ -361,15 +361,18 @@ class KVPool:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
+        stored: torch.dtype | None = None,
     ) -> None:
+        """`stored` is what they are kept in where that is not the `dtype` they are read in."""
         self.capacity = capacity
         # oneDNN, which multiplies 16-bit numbers on a CPU, builds a kernel for every new shape, in
         # more time than many a product takes. Lengths are then rounded up to a multiple of this.
         self.padding = 64 if device.type == "cpu" and dtype.itemsize == 2 else 1
         self._scratch = torch.empty(0, dtype=dtype, device=device)
         shape = (num_kv_heads, capacity, head_dim)
-        self._keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self._values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        kept = stored or dtype
+        self._keys = [torch.empty(shape, dtype=kept, device=device) for _ in range(num_layers)]
+        self._values = [torch.empty(shape, dtype=kept, device=device) for _ in range(num_layers)]
 
     @property
     def bytes(self) -> int:
@@ -396,15 +399,20 @@ class KVPool:
         if self.padding == 1:
             return part
         # A product of a part of the pool would copy it anyway.
+        copy = self._scratch_like(part)
+        length = part.shape[1]
+        copy[:, :length] = part
+        copy[:, length:] = 0
+        return copy
+
+    def _scratch_like(self, part: torch.Tensor) -> torch.Tensor:
+        """(kv heads, length rounded up, head dim), for the next padded read."""
         kv_heads, length, dim = part.shape
         padded = -(-length // self.padding) * self.padding
         size = kv_heads * padded * dim
         if self._scratch.numel() < size:
-            self._scratch = part.new_empty(size)
-        copy = self._scratch[:size].view(kv_heads, padded, dim)
-        copy[:, :length] = part
-        copy[:, length:] = 0
-        return copy
+            self._scratch = self._scratch.new_empty(size)
+        return self._scratch[:size].view(kv_heads, padded, dim)
 
     def gather_keys(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
         """(kv heads, n, head dim), a copy of the listed slots."""

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from rag.engine.attention import SHORT_CHUNK, Chunk, attend, plan_attention
+from rag.engine.int8_pool import Int8KVPool
 from rag.engine.kvcache import Extent, KVPool
 from rag.engine.linear import Int8Linear, PackedLinear, Product, make_linear
 
@@ -146,9 +147,9 @@ class DecoderModel:
         ]
         return make_linear(weight, torch.cat(biases), int8=self._int8)
 
-    def new_pool(self, capacity: int) -> KVPool:
-        """A pool that fits this model."""
-        return KVPool(
+    def new_pool(self, capacity: int, *, int8: bool = False) -> KVPool:
+        """A pool that fits this model; with `int8` it stores keys and values in 8 bits."""
+        return (Int8KVPool if int8 else KVPool)(
             num_layers=self.num_layers,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,

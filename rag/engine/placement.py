@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from rag.engine.int8_pool import scale_dtype
 from rag.errors import GeneratorError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -178,15 +179,17 @@ def weight_bytes(num_weights: int, config: Any, dtype: torch.dtype, *, int8: boo
     return (num_weights + packed) * dtype.itemsize
 
 
-def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+def kv_bytes_per_token(config: Any, dtype: torch.dtype, *, int8: bool = False) -> int:
     """Bytes of keys and values of one token over all layers, for a transformers text config.
 
     2 x layers x key heads x head dimension x bytes; an upper bound where layers share their cache.
+    With `int8` one byte a number and a scale for each head.
     """
     heads = getattr(config, "num_attention_heads", None) or 1
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return int(2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize)
+    of_head = head_dim + scale_dtype(dtype).itemsize if int8 else head_dim * dtype.itemsize
+    return int(2 * config.num_hidden_layers * kv_heads * of_head)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +233,7 @@ def plan_memory(
             f"{name} does not fit on {device}: weights {weight_bytes / gib:.2f} GiB "
             f"({dtype}), cache {cache_bytes / gib:.2f} GiB for "
             f"{needed_tokens} tokens, workspace {WORKSPACE_BYTES / gib:.2f} GiB: {need / gib:.2f} GiB "
-            f"needed, {free / gib:.2f} GiB free. Choose a smaller model, a smaller dtype, a smaller "
+            f"needed, {free / gib:.2f} GiB free. Choose a smaller model, a smaller dtype, kv_dtype int8, a smaller "
             "max_prompt_tokens, or free memory."
         )
     comfortable = left // 4 // max(1, bytes_per_token)

@@ -82,7 +82,7 @@ class PooledModel(Protocol):
     @property
     def has_windows(self) -> bool: ...
 
-    def new_pool(self, capacity: int) -> KVPool: ...
+    def new_pool(self, capacity: int, *, int8: bool = False) -> KVPool: ...
 
     def forward(self, chunks: Sequence[Chunk], pool: KVPool) -> torch.Tensor: ...
 
@@ -197,14 +197,17 @@ class PooledEngine:
         context_length: int,
         kv_tokens: int,
         limits: Limits | None = None,
+        int8_kv: bool = False,
     ) -> None:
+        """`int8_kv` stores keys and values in 8 bits."""
         self._model = model
         self.device = str(model.device)
         self.dtype = model.dtype_name
         self.context_length = context_length
         self.kv_tokens = max(kv_tokens, context_length)
         self.limits = limits or (CPU_LIMITS if model.device.type == "cpu" else GPU_LIMITS)
-        self._pool = model.new_pool(self.kv_tokens)
+        self._pool = model.new_pool(self.kv_tokens, int8=int8_kv)
+        self._int8_kv = int8_kv
         self._cache = PrefixCache(self.kv_tokens)
         self._waiting: list[Row] = []
         self._running: list[Row] = []
@@ -219,7 +222,8 @@ class PooledEngine:
 
     @property
     def description(self) -> str:
-        return f"{self._model.description}, {self.kv_tokens} tokens of shared KV cache"
+        storage = " in 8 bits" * self._int8_kv
+        return f"{self._model.description}, {self.kv_tokens} tokens of shared KV cache{storage}"
 
     @property
     def cached_tokens(self) -> int:

@@ -17,6 +17,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from rag.engine.attention import Chunk, Plan, attend, plan_attention
+from rag.engine.int8_pool import Int8KVPool
 from rag.engine.kvcache import Extent, KVPool
 from rag.engine.model import flat_positions, new_slots, wanted_rows
 
@@ -147,9 +148,9 @@ class TransformersModel:
         """Whether some layer looks back over a part of the context only."""
         return any(window is not None for window in self._windows)
 
-    def new_pool(self, capacity: int) -> KVPool:
-        """A pool that fits this model."""
-        return KVPool(
+    def new_pool(self, capacity: int, *, int8: bool = False) -> KVPool:
+        """A pool that fits this model; with `int8` it stores keys and values in 8 bits."""
+        return (Int8KVPool if int8 else KVPool)(
             num_layers=self._num_layers,
             num_kv_heads=self._num_kv_heads,
             head_dim=self._head_dim,
