@@ -274,7 +274,8 @@ def _follow(turn: Turn, conversation: Conversation) -> None:
     slot.html(live_html(turn, session.language(), num_before=desk.num_before(turn)))
     _scroll_to(turn)
     st.button(
-        say("stop"), key=f"stop-{turn.id}", icon=":material/stop_circle:", on_click=turn.stop
+        say("stop"), key=f"stop-{turn.id}", icon=":material/stop_circle:", on_click=desk.stop,
+        args=(turn,),
     )
     for waiting in conversation.turns[conversation.turns.index(turn) + 1 :]:
         st.html(question_html(waiting.question, session.language(), waiting.id))

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from rag.answer import Answer, Citation, GenerationStats, Hit
 from rag.document import Chunk
+from rag.stopping import Stop
 
 State = Literal[
     "queued", "loading", "searching", "reading", "writing", "done", "stopped", "failed"
@@ -60,15 +61,7 @@ class Turn:
     seconds_search: float = 0.0
     feedback: int | None = None
     created: float = field(default_factory=time.time)
-    _stop: threading.Event = field(default_factory=threading.Event, repr=False)
-
-    def stop(self) -> None:
-        """End before the next piece of text."""
-        self._stop.set()
-
-    @property
-    def is_stopping(self) -> bool:
-        return self._stop.is_set()
+    stop: Stop = field(default_factory=Stop, repr=False, compare=False)
 
     @property
     def is_ended(self) -> bool:
@@ -248,5 +241,5 @@ def _answer(values: dict[str, Any]) -> Answer:
         question=values["question"], text=values["text"], kind=values["kind"],
         citations=tuple(Citation(**citation) for citation in values["citations"]), hits=hits,
         unsupported=tuple(values["unsupported"]), confidence=values["confidence"],
-        stats=GenerationStats(**values["stats"]),
+        stats=GenerationStats(**values["stats"]), prompt=values.get("prompt", ""),
     )

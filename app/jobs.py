@@ -52,10 +52,12 @@ class Job:
 
     def _answer(self) -> Literal["done", "stopped"]:
         turn = self.turn
-        if turn.is_stopping:
+        if turn.stop.is_set:
             return "stopped"
         turn.state = "loading"
-        rag = self.open_rag()
+        rag = self._opened()
+        if rag is None:
+            return "stopped"
         try:
             # search
             turn.state = "searching"
@@ -66,19 +68,21 @@ class Job:
             retrieval = rag.retriever.search_batch([turn.searched], rag.settings.top_k)[0]
             turn.seconds_search = time.perf_counter() - began
             turn.hits = retrieval.hits
-            if turn.is_stopping:
+            if turn.stop.is_set:
                 return "stopped"
             # write
             turn.state = "reading"
-            stream = rag.stream(turn.question, history=history, retrieval=retrieval)
+            stream = rag.stream(
+                turn.question, history=history, retrieval=retrieval, stop=turn.stop
+            )
             try:
                 for piece in stream:
+                    if turn.stop.is_set:
+                        return "stopped"
                     if isinstance(piece, Answer):
                         turn.answer = piece
                         turn.text = piece.text
                         return "done"
-                    if turn.is_stopping:
-                        return "stopped"
                     turn.text += piece
                     turn.state = "writing"
             finally:
@@ -86,6 +90,42 @@ class Job:
         finally:
             rag.base.close()  # this thread's connection
         raise AssertionError("a stream ends with its Answer")
+
+    def _opened(self) -> Rag | None:
+        """What `open_rag` gives; None where the turn is stopped first.
+
+        Loading a model can't be broken off. It goes on by itself, and the next question finds the
+        model loaded, or waits for it.
+        """
+        loading = _Loading(self.open_rag)
+        self.turn.stop.then(loading.is_over.set)
+        loading.is_over.wait()
+        return None if self.turn.stop.is_set else loading.result()
+
+
+class _Loading:
+    """A call in a thread of its own, of which another thread may stop to wait for the end."""
+
+    def __init__(self, call: Callable[[], Rag]) -> None:
+        self.is_over = threading.Event()
+        self._call = call
+        self._rag: Rag | None = None
+        self._error: Exception | None = None
+        threading.Thread(target=self._run, name="loading", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._rag = self._call()
+            self._rag.base.close()  # this thread's connection
+        except Exception as error:  # raised again where it is waited for
+            self._error = error
+        self.is_over.set()
+
+    def result(self) -> Rag:
+        if self._error is not None:
+            raise self._error
+        assert self._rag is not None, "it is over"
+        return self._rag
 
 
 class Desk:
@@ -101,6 +141,16 @@ class Desk:
         with self._changed:
             self._waiting.append(job)
             self._changed.notify()
+
+    def stop(self, turn: Turn) -> None:
+        """End a turn at once: the one in hand, or one that waits in the line."""
+        turn.stop.set()
+        with self._changed:
+            job = next((job for job in self._waiting if job.turn is turn), None)
+            if job is None:
+                return
+            self._waiting.remove(job)
+        job.run()  # finds that it is stopped, says so and keeps the conversation
 
     def num_before(self, turn: Turn) -> int:
         """How many questions are answered before this one; 0 for the one being answered."""

@@ -348,7 +348,9 @@ class SlowRag:
         self.searched += questions
         return [SimpleNamespace(hits=())]
 
-    def stream(self, question: str, *, history: Any, retrieval: Any) -> Iterator[str | Answer]:
+    def stream(
+        self, question: str, *, history: Any, retrieval: Any, stop: Any
+    ) -> Iterator[str | Answer]:
         self.histories.append(list(history))
         try:
             for word in ("echo", " ", question):
@@ -397,7 +399,7 @@ def test_stopping_keeps_what_was_written_and_the_next_question_goes_on() -> None
     second = _submit(desk, rag, "two", conversation)
     rag.go.release()
     _wait(first, "writing")
-    first.stop()
+    desk.stop(first)
     for _ in range(4):
         rag.go.release()
     _wait(second, "done")
@@ -410,11 +412,34 @@ def test_a_question_stopped_in_the_line_is_never_searched() -> None:
     desk, rag, conversation = Desk(), SlowRag(), Conversation()
     first = _submit(desk, rag, "one", conversation)
     second = _submit(desk, rag, "two", conversation)
-    second.stop()
+    desk.stop(second)
+    assert second.state == "stopped"  # at once, although the first has not ended
     for _ in range(3):
         rag.go.release()
-    _wait(second, "stopped")
-    assert first.state == "done" and rag.searched == ["one"]
+    _wait(first, "done")
+    assert rag.searched == ["one"]
+
+
+def test_a_question_is_stopped_while_its_model_is_loaded() -> None:
+    desk, rag, conversation = Desk(), SlowRag(), Conversation()
+    load = threading.Event()
+    slow = Turn("one")
+    conversation.turns.append(slow)
+
+    def open_rag() -> Any:
+        load.wait(10)
+        return rag
+
+    desk.submit(Job(slow, conversation, open_rag, lambda kept: None))
+    _wait(slow, "loading")
+    desk.stop(slow)
+    _wait(slow, "stopped")  # the loading has not ended
+    load.set()
+    second = _submit(desk, rag, "two", conversation)
+    for _ in range(3):
+        rag.go.release()
+    _wait(second, "done")
+    assert rag.searched == ["two"]
 
 
 def test_an_error_is_kept_for_the_page_and_the_line_goes_on(caplog: pytest.LogCaptureFixture) -> None:
