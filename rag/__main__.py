@@ -6,17 +6,19 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rag.errors import InputError, RagError
+from rag.question_file import parse_lines, read_questions
 from rag.settings import Settings
 
 if TYPE_CHECKING:
     from rag.answer import Answer
-    from rag.pipeline import Rag
+    from rag.eval_run import Comparison
+    from rag.evaluation import EvalResult
 
 
 _RETRIEVED = 10  # hits a question that `retrieve` writes where --top-k isn't given
@@ -68,11 +70,16 @@ def _parser() -> argparse.ArgumentParser:
     batch = commands.add_parser("batch", help="an answer for each line of a .jsonl file; resumes")
     batch.add_argument("source", metavar="IN.jsonl", type=Path)
     batch.add_argument("target", metavar="OUT.jsonl", type=Path)
+    batch.add_argument("--retry-failed", action="store_true", help="ask again what failed in an earlier run")
     batch.set_defaults(run=_batch)
 
     evaluate = commands.add_parser("eval", help="measure on questions with known answers")
-    evaluate.add_argument("source", metavar="IN.jsonl", type=Path)
+    evaluate.add_argument("source", metavar="IN.jsonl", type=Path, nargs="?")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    evaluate.add_argument("--save", type=Path, metavar="RUN.json", help="keep the run, to compare it later")
+    evaluate.add_argument("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"),
+                          help="compare two saved runs instead of measuring")
+    evaluate.add_argument("--html", type=Path, metavar="REPORT.html", help="write a report with plots and worst cases")
     evaluate.add_argument("--details", type=Path, metavar="OUT.jsonl", help="write every answer there")
     evaluate.set_defaults(run=_evaluate)
 
@@ -150,42 +157,6 @@ def _print_sources(answer: Answer) -> None:
     print(f"\n{cost}", file=sys.stderr)
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of a .jsonl file. Raises InputError naming the line that is none."""
-    if not path.is_file():
-        raise InputError(f"{path} is not a file.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8: {error}") from error
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number} is not a JSON object.")
-        yield number, row
-
-
-def read_questions(path: Path) -> list[dict[str, Any]]:
-    """Objects with `id` and `question`; a missing id becomes the line number."""
-    rows = []
-    seen: set[str] = set()
-    for number, row in read_lines(path):
-        if not isinstance(row.get("question"), str) or not row["question"].strip():
-            raise InputError(f"{path}, line {number} has no question.")
-        row.setdefault("id", number)
-        key = json.dumps(row["id"])
-        if key in seen:
-            raise InputError(f"{path}, line {number}: the id {row['id']!r} stands twice.")
-        seen.add(key)
-        rows.append(row)
-    return rows
-
-
 def _retrieve(options: argparse.Namespace, settings: Settings) -> int:
     from rag.pipeline import Rag
 
@@ -215,78 +186,68 @@ def _writable(path: Path) -> Any:
 def _batch(options: argparse.Namespace, settings: Settings) -> int:
     from tqdm import tqdm
 
+    from rag.batch import answer_file
     from rag.pipeline import Rag
 
     rows = read_questions(options.source)
-    done = _answered_already(options.target, rows)
     rag = Rag.open(settings=settings)
-    failed = 0
-    with options.target.open("a", encoding="utf-8") as out, tqdm(
-        total=len(rows), initial=len(done), unit="question", file=sys.stderr
-    ) as bar:
-        rest = rows[len(done) :]
-        for begin in range(0, len(rest), 16):
-            part = rest[begin : begin + 16]
-            for row, answer in zip(part, _answers(rag, part), strict=True):
-                failed += "error" in answer
-                out.write(json.dumps({"id": row["id"], **answer}, ensure_ascii=False) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-            bar.update(len(part))
-    print(f"{len(rows)} questions, {len(done)} of them answered before, {failed} failed; "
+    # Now, so that a model that can't be loaded is one error and not one for every question.
+    rag.generator  # noqa: B018
+    with tqdm(total=len(rows), unit="question", file=sys.stderr, disable=False) as bar:
+
+        def show(answered: int, total: int) -> None:
+            if bar.n == 0:
+                bar.initial = bar.n = answered  # so that time left is reckoned from this run alone
+                bar.refresh()
+            else:
+                bar.update(answered - bar.n)
+
+        counts = answer_file(rag, rows, options.target, retry_failed=options.retry_failed, progress=show)
+    print(f"{counts.total} questions, {counts.before} of them answered before, {counts.failed} failed; "
           f"answers in {options.target}", file=sys.stderr)
-    return 1 if failed else 0
-
-
-def _answers(rag: Rag, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Answers to a part of the questions; one that fails is recorded and stops no other."""
-    try:
-        return [answer.to_dict() for answer in rag.batch([row["question"] for row in rows])]
-    except RagError:
-        results: list[dict[str, Any]] = []
-        for row in rows:
-            try:
-                results.append(rag.ask(row["question"]).to_dict())
-            except RagError as error:
-                results.append({"question": row["question"], "error": str(error)})
-        return results
-
-
-def _answered_already(target: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The whole lines of an earlier run, in the order of the questions.
-
-    A line cut off by a crash is dropped. Raises InputError where the file belongs to other questions.
-    """
-    if not target.exists():
-        try:
-            target.touch()
-        except OSError as error:
-            raise InputError(f"{target} can't be written: {error}") from error
-        return []
-    data = target.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with target.open("r+b") as out:
-            out.truncate(len(whole))
-    done = [row for _, row in read_lines(target)]
-    for answer, row in zip(done, rows, strict=False):
-        if answer.get("id") != row["id"] or answer.get("question") != row["question"]:
-            raise InputError(
-                f"{target} holds answers to other questions (id {answer.get('id')!r} where "
-                f"{row['id']!r} was expected). Name another output file, or delete it."
-            )
-    if len(done) > len(rows):
-        raise InputError(f"{target} holds {len(done)} answers, the input only {len(rows)} questions.")
-    return done
+    if counts.failed:
+        print('Failed ones have an "error" in their line; --retry-failed asks them again.', file=sys.stderr)
+    return 1 if counts.failed else 0
 
 
 def _evaluate(options: argparse.Namespace, settings: Settings) -> int:
+    from rag.eval_report import check_plots, write_report
+    from rag.eval_run import Run, compare, run_of
+
+    if options.html:
+        check_plots()
+    if options.compare and options.source:
+        raise InputError("give either questions to measure or --compare A.json B.json, not both.")
+    if options.compare:
+        earlier, run = (Run.read(path) for path in options.compare)
+        comparison = compare(earlier, run)
+        _print_comparison(comparison)
+        if options.html:
+            write_report(run, options.html, comparison)
+        if options.json:
+            print(json.dumps(comparison.to_dict(), ensure_ascii=False))
+        return 0
+    if options.source is None:
+        raise InputError("there is nothing to measure. Name a file of questions, or --compare A.json B.json.")
+    results = _measure(options, settings)
+    run = run_of(results, source=str(options.source), settings=asdict(settings))
+    _print_summary(run.summary)
+    if options.save:
+        run.write(options.save)
+    if options.html:
+        write_report(run, options.html)
+    if options.json:
+        print(json.dumps(run.summary, ensure_ascii=False))
+    return 0
+
+
+def _measure(options: argparse.Namespace, settings: Settings) -> list[EvalResult]:
     from tqdm import tqdm
 
-    from rag.evaluation import EvalQuestion, by_language, evaluate, summarise
+    from rag.evaluation import EvalQuestion, evaluate
     from rag.pipeline import Rag
 
-    questions = [EvalQuestion.parse(row, number) for number, row in read_lines(options.source)]
+    questions = parse_lines(options.source, lambda number, row: EvalQuestion.parse(row, number))
     if not questions:
         raise InputError(f"{options.source} holds no questions.")
     rag = Rag.open(settings=settings)
@@ -298,15 +259,41 @@ def _evaluate(options: argparse.Namespace, settings: Settings) -> int:
                 line = {"id": result.question.id, "rank": result.rank, "gold": asdict(result.question),
                         **result.answer.to_dict()}
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
-    figures = summarise(results)
-    parts = by_language(results)
-    for name in figures:
-        row = [figures[name], *(part[name] for part in parts.values())]
-        print(f"{name:22}" + "".join(f"{'-' if value is None else value:>12}" for value in row))
-    print(f"{'':22}" + "".join(f"{name:>12}" for name in ("all", *parts)))
-    if options.json:
-        print(json.dumps({**figures, "by_language": parts}, ensure_ascii=False))
-    return 0
+    return results
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    parts = summary["by_language"]
+    width = max(27, *(len(name) + 2 for name in summary["by_type"]))
+    for name, value in summary.items():
+        if isinstance(value, (dict, list)):
+            continue
+        ends = summary["intervals"].get(name)
+        between = f"{ends[0]:.3f} to {ends[1]:.3f}" if ends else ""
+        row = "".join(f"{_figure(part[name]):>10}" for part in parts.values())
+        print(f"{name:{width}}{_figure(value):>10}{between:>18}{row}")
+    print(f"{'':{width}}{'all':>10}{'95% interval':>18}" + "".join(f"{name:>10}" for name in parts) + "\n")
+    columns = ("n", "hit@1", "hit@5", "mrr", "f1", "answer_in_text", "citation_precision", "refusal_accuracy")
+    print(f"{'by type':{width}}" + "".join(f"{name.removesuffix('_accuracy'):>20}" for name in columns))
+    for name, part in summary["by_type"].items():
+        print(f"{name:{width}}" + "".join(f"{_figure(part[column]):>20}" for column in columns))
+
+
+def _figure(value: float | int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _print_comparison(comparison: Comparison) -> None:
+    print(f"{comparison.questions} questions in both runs ({comparison.only_a} only in the first, "
+          f"{comparison.only_b} only in the second)")
+    print(f"{'':27}{'first':>9}{'second':>9}{'change':>9}{'95% interval':>20}{'p':>8}{'p (Holm)':>10}")
+    for each in comparison.differences:
+        between = f"{each.low:+.3f} to {each.high:+.3f}"
+        print(f"{each.name:27}{each.a:9.4f}{each.b:9.4f}{each.b - each.a:+9.4f}{between:>20}{each.p:8.4f}"
+              f"{each.p_holm:10.4f}{'  *' if each.significant else ''}")
+    print("* the change is more than chance (permutation test, p below 0.05 after Holm's correction)")
+    print(f"better: {len(comparison.better)} questions {' '.join(comparison.better[:20])}")
+    print(f"worse:  {len(comparison.worse)} questions {' '.join(comparison.worse[:20])}")
 
 
 def _doctor(options: argparse.Namespace, settings: Settings) -> int:

@@ -1,8 +1,8 @@
 """Measure a knowledge base on questions with known answers.
 
-A line has `question` and any of `id`, `answer` or `answers`, `path`, `page`, `quote`, `unanswerable`.
-Answers are compared as in SQuAD (Rajpurkar et al., 2016): lower case, no punctuation, no articles;
-Chinese character by character, as in CMRC 2018 (Cui et al., 2019).
+A line has `question` and any of `id`, `answer` or `answers`, `path`, `page`, `quote`,
+`unanswerable`, `type`. Answers are compared as in SQuAD (Rajpurkar et al., 2016): lower case, no
+punctuation, no articles; Chinese character by character, as in CMRC 2018 (Cui et al., 2019).
 """
 
 from __future__ import annotations
@@ -15,10 +15,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from rag.answer import Answer, Citation, Hit
 from rag.citations import strip_markers
 from rag.errors import InputError
+from rag.evidence import asked_for
 from rag.language import detect_language
+from rag.significance import Shares, interval, resampled
 from rag.terms import HAN
 
 RANKED = 10  # hits looked at for the reciprocal rank
@@ -37,6 +42,7 @@ class EvalQuestion:
     page: int | None = None
     quote: str | None = None
     unanswerable: bool = False
+    type: str | None = None
 
     @classmethod
     def parse(cls, row: Mapping[str, Any], number: int) -> EvalQuestion:
@@ -49,13 +55,16 @@ class EvalQuestion:
             answers = [answers]
         if not isinstance(answers, (list, tuple)) or not all(isinstance(a, str) for a in answers):
             raise InputError(f"line {number}: answer must be a string, answers a list of strings.")
+        for name in ("path", "quote", "type"):
+            if row.get(name) is not None and not isinstance(row[name], str):
+                raise InputError(f"line {number}: {name} must be a string, not {row[name]!r}.")
         page = row.get("page")
         if page is not None and (not isinstance(page, int) or isinstance(page, bool)):
             raise InputError(f"line {number}: page must be a whole number, not {page!r}.")
         return cls(
             id=str(row.get("id", number)), question=question, answers=tuple(answers),
             path=row.get("path"), page=page, quote=row.get("quote"),
-            unanswerable=bool(row.get("unanswerable", False)),
+            unanswerable=bool(row.get("unanswerable", False)), type=row.get("type"),
         )
 
 
@@ -119,43 +128,113 @@ def _citation_is_right(citation: Citation, question: EvalQuestion) -> bool:
     return any(holds(citation.quote, answer) for answer in question.answers)
 
 
+# (what a question brings to a figure, what it could have brought); a whole of 0: it doesn't count
+Share = tuple[float, float]
+_NOTHING: Share = (0.0, 0.0)
+
+
+def is_right(result: EvalResult) -> bool | None:
+    """Whether the answer is the wanted one; None where the line says too little to tell."""
+    question, answer = result.question, result.answer
+    if question.unanswerable:
+        return answer.refused
+    if question.answers or question.quote:
+        text = strip_markers(answer.text)
+        return any(holds(text, part) for part in (*question.answers, question.quote or ""))
+    if question.path is not None:
+        return any(_citation_is_right(citation, question) for citation in answer.citations)
+    return None
+
+
+def measures(result: EvalResult) -> dict[str, Share]:
+    """What one question brings to each of MEASURES."""
+    question, answer, rank = result.question, result.answer, result.rank
+    located = question.path is not None and not question.unanswerable
+    answered = bool(question.answers) and not question.unanswerable
+    shown = not question.unanswerable and bool(question.answers or question.quote)
+    judged = question.unanswerable or question.path is not None or bool(question.answers)
+    text = strip_markers(answer.text)
+    right = [_citation_is_right(citation, question) for citation in answer.citations] if judged else []
+    return {
+        "hit@1": _share(located, rank == 0),
+        "hit@5": _share(located, rank is not None and rank < 5),
+        "mrr": _share(located, 0.0 if rank is None else 1 / (rank + 1)),
+        "em": _share(answered, answered and exact_match(text, question.answers)),
+        "f1": _share(answered, answered and token_f1(text, question.answers)),
+        "answer_in_text": _share(shown, shown and bool(is_right(result))),
+        "citation_precision": (float(sum(right)), float(len(right))),
+        "refusal_accuracy": _share(True, answer.refused == question.unanswerable),
+        "answerable_kept": _share(not question.unanswerable, not answer.refused),
+        "unanswerable_refused": _share(question.unanswerable, answer.refused),
+        "quoted": _share(True, answer.kind == "quoted"),
+    }
+
+
+def _share(counts: bool, value: float) -> Share:
+    return (float(value), 1.0) if counts else _NOTHING
+
+
+MEASURES = (
+    "hit@1", "hit@5", "mrr", "em", "f1", "answer_in_text", "citation_precision", "refusal_accuracy",
+    "answerable_kept", "unanswerable_refused", "quoted",
+)  # fmt: skip
+BALANCED = "balanced_refusal_accuracy"
+FIGURES = (*MEASURES, BALANCED)
+
+
+def shares_of(rows: Sequence[Mapping[str, Share]]) -> Shares:
+    """The measures of some questions as arrays (questions, MEASURES)."""
+    values = np.array([[row[name] for name in MEASURES] for row in rows], dtype=np.float64)
+    values = values.reshape(len(rows), len(MEASURES), 2)
+    return Shares(values[:, :, 0], values[:, :, 1])
+
+
+def with_balanced(figures: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """(..., MEASURES) -> (..., FIGURES).
+
+    Refusal accuracy is high for whoever never refuses where nearly all questions have an answer.
+    The balanced one is the mean of both kinds' shares, 0.5 for a coin and for who never refuses.
+    """
+    kept, refused = (figures[..., MEASURES.index(name)] for name in ("answerable_kept", "unanswerable_refused"))
+    return np.concatenate([figures, ((kept + refused) / 2)[..., None]], axis=-1)
+
+
 def summarise(results: Sequence[EvalResult]) -> dict[str, Any]:
     """The figures over all questions, each over those it can be measured on; None over none."""
-    located = [r for r in results if r.question.path is not None and not r.question.unanswerable]
-    answered = [r for r in results if r.question.answers and not r.question.unanswerable]
-    shown = [r for r in results if not r.question.unanswerable and (r.question.answers or r.question.quote)]
-    refusable = [r for r in results if r.question.unanswerable]
-    answerable = [r for r in results if not r.question.unanswerable]
-    cited = [
-        _citation_is_right(citation, r.question)
-        for r in results for citation in r.answer.citations
-        if r.question.unanswerable or r.question.path is not None or r.question.answers
-    ]
-    texts = {id(r): strip_markers(r.answer.text) for r in results}
-    kept = _mean([not r.answer.refused for r in answerable])
-    refused = _mean([r.answer.refused for r in refusable])
-    tokens = [r.answer.stats for r in results]
+    figures = figures_of([measures(result) for result in results])
+    stats = [result.answer.stats for result in results]
+    seconds = sum(result.seconds for result in results)
     return {
         "n": len(results),
-        "hit@1": _mean([r.rank == 0 for r in located]),
-        "hit@5": _mean([r.rank is not None and r.rank < 5 for r in located]),
-        "mrr": _mean([0.0 if r.rank is None else 1 / (r.rank + 1) for r in located]),
-        "em": _mean([exact_match(texts[id(r)], r.question.answers) for r in answered]),
-        "f1": _mean([token_f1(texts[id(r)], r.question.answers) for r in answered]),
-        "answer_in_text": _mean([
-            any(holds(texts[id(r)], part) for part in (*r.question.answers, r.question.quote or ""))
-            for r in shown
-        ]),
-        "citation_precision": _mean(cited),
-        "refusal_accuracy": _mean([r.answer.refused == r.question.unanswerable for r in results]),
-        "answerable_kept": kept,
-        "unanswerable_refused": refused,
-        "quoted": _mean([r.answer.kind == "quoted" for r in results]),
-        "prompt_tokens": sum(stats.prompt_tokens for stats in tokens),
-        "reused_tokens": sum(stats.reused_tokens for stats in tokens),
-        "new_tokens": sum(stats.new_tokens for stats in tokens),
-        "seconds": round(sum(r.seconds for r in results), 3),
-        "seconds_per_question": _mean([r.seconds for r in results]),
+        **figures,
+        "prompt_tokens": sum(each.prompt_tokens for each in stats),
+        "reused_tokens": sum(each.reused_tokens for each in stats),
+        "new_tokens": sum(each.new_tokens for each in stats),
+        "seconds": round(seconds, 3),
+        "seconds_per_question": round(seconds / len(results), 4) if results else None,
+    }
+
+
+def figures_of(rows: Sequence[Mapping[str, Share]]) -> dict[str, float | None]:
+    """FIGURES by name; None where no question counts."""
+    return _named(with_balanced(shares_of(rows).totals()))
+
+
+def intervals_of(rows: Sequence[Mapping[str, Share]]) -> dict[str, tuple[float, float] | None]:
+    """The 95% bootstrap interval of each of FIGURES."""
+    low, high = interval(with_balanced(resampled(shares_of(rows))))
+    lows, highs = _named(low), _named(high)
+    found: dict[str, tuple[float, float] | None] = {}
+    for name in FIGURES:
+        ends = lows[name], highs[name]
+        found[name] = None if ends[0] is None or ends[1] is None else (ends[0], ends[1])
+    return found
+
+
+def _named(values: npt.NDArray[np.float64]) -> dict[str, float | None]:
+    return {
+        name: None if np.isnan(value) else round(float(value), 4)
+        for name, value in zip(FIGURES, values, strict=True)
     }
 
 
@@ -168,8 +247,45 @@ def by_language(results: Sequence[EvalResult]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _mean(values: Sequence[float | bool]) -> float | None:
-    return round(sum(map(float, values)) / len(values), 4) if values else None
+def type_of(question: EvalQuestion) -> str:
+    """The line's own `type`; else its language with what is asked for, or that nothing answers it."""
+    if question.type is not None:
+        return question.type
+    language = detect_language(question.question)
+    if question.unanswerable:
+        return f"{language} unanswerable"
+    asked = asked_for(question.question)
+    # "How many years" asks for both; the more particular kind names it.
+    kind = next((kind for kind in ("time", "number", "reason", "name") if kind in asked), "other")
+    return f"{language} {kind}"
+
+
+def by_type(results: Sequence[EvalResult]) -> dict[str, dict[str, Any]]:
+    """`summarise` for the questions of each type, in order of name."""
+    groups: dict[str, list[EvalResult]] = {}
+    for result in results:
+        groups.setdefault(type_of(result.question), []).append(result)
+    return {name: summarise(groups[name]) for name in sorted(groups)}
+
+
+def risk_coverage(results: Sequence[EvalResult]) -> list[tuple[float, float, float]]:
+    """(confidence, coverage, risk) for each confidence at which answers are still given.
+
+    Coverage: share of all judged questions that are answered from that confidence on; risk: share
+    of those answers that are not right (an answer to an unanswerable question never is).
+    """
+    judged = [(result, right) for result in results if (right := is_right(result)) is not None]
+    given = sorted(
+        ((result.answer.confidence, right) for result, right in judged if not result.answer.refused),
+        key=lambda pair: -pair[0],
+    )
+    curve: list[tuple[float, float, float]] = []
+    wrong = 0
+    for count, (confidence, right) in enumerate(given, 1):
+        wrong += not right
+        if count == len(given) or given[count][0] < confidence:  # equal ones come together
+            curve.append((round(confidence, 4), round(count / len(judged), 4), round(wrong / count, 4)))
+    return curve
 
 
 def evaluate(rag: Any, questions: Sequence[EvalQuestion], progress: Any = None) -> list[EvalResult]:

@@ -120,6 +120,23 @@ def test_eval_json_ends_with_one_object_of_all_figures(base, model, tmp_path):
     assert set(figures) >= {"n", "hit@1", "hit@5", "mrr", "em", "f1", "answer_in_text", "citation_precision",
                             "refusal_accuracy"}
     assert figures["n"] == 2 and figures["hit@1"] == 1.0
+    assert set(figures["by_type"]) == {"en number", "en unanswerable"}
+
+
+def test_eval_saves_a_run_compares_two_and_writes_a_report(base, model, tmp_path):
+    pytest.importorskip("matplotlib", reason="plots are an extra")
+    source = write_lines(
+        tmp_path / "q.jsonl",
+        {"question": "How high is the monthly rent?", "answer": "1,250 euros", "path": "lease.md"},
+        {"question": "May cats be kept in the flat?", "path": "pets.md"},
+    )
+    saved, page = tmp_path / "run.json", tmp_path / "report.html"
+    run("rag", "eval", source, "--kb", base, "--generator", model, "--max-new-tokens", 4, "--save", saved, "--html", page)
+    assert "How high is the monthly rent?" in page.read_text(encoding="utf-8")
+    done = run("rag", "eval", "--compare", saved, saved, "--json")  # needs no knowledge base
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["questions"] == 2 and found["differences"]["hit@1"]["p"] == 1.0
+    assert "nothing to measure" in run("rag", "eval", code=1).stderr
 
 
 def test_doctor_repairs_the_index_file(base, model):
