@@ -13,6 +13,7 @@ from app.conversations import Conversation, Turn, shorten
 from app.jobs import Job
 from app.markup import (
     answer_html,
+    copy_html,
     cost_html,
     escape,
     escape_label,
@@ -37,6 +38,30 @@ export default function ({ data }) {
   requestAnimationFrame(() => {
     const question = document.getElementById("question-" + data.turn);
     if (question) question.scrollIntoView({ block: "start" });
+  });
+}
+"""
+# One listener for every copy button of the page.
+_COPY = """
+export default function () {
+  if (window.lrCopies) return;
+  window.lrCopies = true;
+  document.addEventListener("click", async (event) => {
+    const button = event.target.closest && event.target.closest(".lr-copy");
+    if (!button) return;
+    const text = button.dataset.text;
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch {  // not a secure context, as over plain http from another machine
+      const area = document.createElement("textarea");
+      area.value = text;
+      document.body.append(area);
+      area.select();
+      document.execCommand("copy");
+      area.remove();
+    }
+    button.classList.add("lr-done");
+    setTimeout(() => button.classList.remove("lr-done"), 1500);
   });
 }
 """
@@ -91,6 +116,7 @@ def show() -> None:
         source_view.show(base, view)
     if conversation.turns and running is None:
         _scroll_to(conversation.turns[-1])
+        _copier()(key="copier", height=0)
     if running is not None and live is not None:
         with live:
             _follow(running, conversation)
@@ -122,9 +148,8 @@ def _show_welcome(base: KnowledgeBase) -> None:
     if not examples:
         return
     st.html(f'<div class="lr-label">{say("try_one")}</div>')
-    columns = st.columns(2, gap="small")
-    for number, question in enumerate(examples):
-        with columns[number % 2]:
+    with st.container(key="examples"):
+        for number, question in enumerate(examples):
             if st.button(question, key=f"example-{number}", width="stretch", wrap=True):
                 ask(question)
                 st.rerun()
@@ -201,13 +226,13 @@ def _show_actions(turn: Turn, *, is_last: bool) -> None:
                 ):
                     st.session_state["source_view"] = place
                     st.rerun()
-            with st.popover(say("copy"), icon=":material/content_copy:", type="tertiary", key=f"copy-{turn.id}"):
-                st.code(answer.text, language=None, wrap_lines=True)
+            st.html(copy_html(answer.text, session.language()), width="content")
         if is_last:
             if st.button(say("ask_again"), key=f"again-{turn.id}", icon=":material/refresh:", type="tertiary"):
                 ask(turn.question, search_text=turn.search_text, replace_last=True)
                 st.rerun()
             _show_edit(turn)
+            _show_search_correction(turn)
         if answer is not None:
             st.feedback(
                 "thumbs", key=f"feedback-{turn.id}", default=turn.feedback, on_change=_keep_feedback,
@@ -219,12 +244,24 @@ def _show_edit(turn: Turn) -> None:
     with st.popover(say("edit"), icon=":material/edit:", type="tertiary", key=f"edit-{turn.id}"):
         with st.form(f"edit-form-{turn.id}", border=False):
             question = st.text_area(say("edit"), turn.question, max_chars=4000, label_visibility="collapsed")
-            search_text = st.text_input(say("change_search"), turn.searched or turn.question)
             is_sent = st.form_submit_button(say("send"), type="primary")
         if is_sent and question.strip():
-            corrected = search_text.strip()
-            is_corrected = bool(corrected) and corrected != (turn.searched or turn.question)
-            ask(question.strip(), search_text=corrected if is_corrected else None, replace_last=True)
+            ask(question.strip(), replace_last=True)
+            st.rerun()
+
+
+def _show_search_correction(turn: Turn) -> None:
+    """What was searched for, to be corrected; the question itself stays."""
+    if not turn.searched:
+        return
+    with st.popover(
+        say("searched_for"), icon=":material/manage_search:", type="tertiary", key=f"search-{turn.id}"
+    ):
+        with st.form(f"search-form-{turn.id}", border=False):
+            search_text = st.text_area(say("change_search"), turn.searched, max_chars=4000)
+            is_sent = st.form_submit_button(say("search_again"), type="primary")
+        if is_sent and search_text.strip():
+            ask(turn.question, search_text=search_text.strip(), replace_last=True)
             st.rerun()
 
 
@@ -260,6 +297,11 @@ def _scroll_to(turn: Turn) -> None:
 @st.cache_resource(show_spinner=False)
 def _scroller() -> Any:
     return st.components.v2.component("scroll_to_turn", js=_SCROLL)
+
+
+@st.cache_resource(show_spinner=False)
+def _copier() -> Any:
+    return st.components.v2.component("copy_answers", js=_COPY)
 
 
 # an answer that is being made

@@ -6,7 +6,6 @@ engine does not keep. Nothing here takes part in answering.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,10 +275,3 @@ def _kind(name: str) -> str:
 def weight_bytes(folder: Path) -> int:
     """Bytes of the model's weights on disk."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def gigabytes(count: float) -> str:
-    """Bytes for people."""
-    units = ("B", "kB", "MB", "GB", "TB")
-    power = min(len(units) - 1, int(math.log(max(count, 1), 1024)))
-    return f"{count / 1024**power:,.1f} {units[power]}"

@@ -15,11 +15,10 @@ from app.inside import (
     Architecture,
     Inspection,
     Inspector,
-    gigabytes,
     probabilities,
     weight_bytes,
 )
-from app.markup import escape, notice_html
+from app.markup import escape, notice_html, size_text
 from app.session import say
 from app.texts import number
 from rag.errors import RagError
@@ -60,7 +59,7 @@ def show() -> None:
         is_sent = st.form_submit_button(say("inside_run"), type="primary")
     try:
         size = weight_bytes(find_model(settings.generator))
-        if size > _ASK_FIRST and not st.checkbox(say("inside_large", size=gigabytes(size))):
+        if size > _ASK_FIRST and not st.checkbox(say("inside_large", size=size_text(size))):
             return
         if is_sent and question.strip():
             with st.spinner(say("loading")):
@@ -222,7 +221,7 @@ def _show_cache(architecture: Architecture) -> None:
     _heading(
         "cache",
         say(
-            "cache_note", each=gigabytes(architecture.cache_bytes(1)), layers=architecture.num_layers,
+            "cache_note", each=size_text(architecture.cache_bytes(1)), layers=architecture.num_layers,
             kv_heads=architecture.num_kv_heads, dim=architecture.head_dim,
         ),
     )

@@ -8,7 +8,7 @@ from typing import Any
 import streamlit as st
 
 from app import session
-from app.markup import escape, escape_label, hit_html, notice_html
+from app.markup import escape, escape_label, hit_html, notice_html, size_text
 from app.session import say
 from app.syncing import SyncJob, root_folders
 from app.texts import number
@@ -77,7 +77,7 @@ def _show_figures(base: KnowledgeBase, records: list[FileRecord]) -> None:
     size = sum(entry.stat().st_size for entry in base.folder.iterdir() if entry.is_file())
     figures = [
         (number(len(records)), say("files")), (number(base.count_chunks()), say("chunks_column")),
-        (_megabytes(size), say("size_on_disk")),
+        (size_text(size), say("size_on_disk")),
     ]
     if failed:
         figures.append((number(failed), say("failed_files")))
@@ -114,7 +114,7 @@ def _show_files(records: list[FileRecord]) -> None:
             say("status"): say("ok") if record.status == "ok" else say("failed_file"),
             say("pages_column"): str(record.pages or ""),
             say("chunks_column"): str(record.chunks),
-            say("size"): _megabytes(record.size),
+            say("size"): size_text(record.size),
             say("notes"): "; ".join([*([record.error] if record.error else []), *record.warnings]),
         }
         # What needs attention comes first.
@@ -215,7 +215,3 @@ def _show_outcome(job: SyncJob) -> None:
         st.html(notice_html(say("knowledge"), "\n".join(lines), kind="good"))
     for name, reason in st.session_state.get("rejected", []):
         st.html(notice_html(say("add_files"), say("rejected", name=name, reason=reason)))
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 2**20:,.1f} MB" if size >= 100_000 else f"{size / 2**10:,.1f} kB"

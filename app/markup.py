@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from app.conversations import Turn
 from app.texts import InterfaceLanguage, number, text
-from rag.answer import Answer, Citation, Hit
+from rag.answer import Answer, Citation, GenerationStats, Hit
 
 _MARKER = re.compile(r"\[(\d{1,3})\]")
 _AROUND = 200  # characters of the document shown before and after a passage
@@ -65,6 +65,15 @@ def answer_html(turn: Turn, language: InterfaceLanguage) -> str:
         f'<div class="lr-kind lr-kind-{answer.kind}"><b>{text(language, answer.kind)}</b>'
         f'<span>{text(language, answer.kind + "_note")}</span></div>'
         f'<div class="lr-text">{_answer_text(answer, turn.id)}</div>{below}</div>'
+    )
+
+
+def copy_html(answer_text: str, language: InterfaceLanguage) -> str:
+    """A button that puts the text on the clipboard; the page's script listens for it."""
+    return (
+        f'<button type="button" class="lr-copy" data-text="{escape(answer_text)}">'
+        f'<span class="lr-now">{text(language, "copy")}</span>'
+        f'<span class="lr-then">{text(language, "copied")}</span></button>'
     )
 
 
@@ -295,13 +304,25 @@ def _segments_html(shown: Sequence[Segment], anchor: str) -> str:
         value = value.rstrip() if at == len(shown) - 1 else value
         if segment.kind == "cited":
             # The first one carries the id that the chip leads to; the browser opens the card for it.
-            name = f' id="{anchor}"' if anchor else ""
+            pieces.append(mark_html(value, anchor))
             anchor = ""
-            pieces.append(f"<mark{name}>{escape(value)}</mark>")
         elif segment.kind == "around":
             pieces.append(f'<span class="lr-around">{escape(value)}</span>')
         else:
             pieces.append(escape(value))
+    return "".join(pieces)
+
+
+def mark_html(value: str, id: str = "") -> str:
+    """Text as marked, line by line: an empty line between would show as a coloured sliver."""
+    pieces: list[str] = []
+    for part in re.split(r"(\s*\n\s*)", value):
+        if not part.strip():
+            pieces.append(escape(part))
+            continue
+        name = f' id="{id}"' if id else ""
+        id = ""
+        pieces.append(f"<mark{name}>{escape(part)}</mark>")
     return "".join(pieces)
 
 
@@ -319,53 +340,125 @@ def _facts(hit: Hit, language: InterfaceLanguage, start: int, end: int) -> str:
 
 
 def cost_html(turn: Turn, language: InterfaceLanguage) -> str:
-    """A small waterfall of the answer's seconds, and its figures."""
+    """How the answer came about: a waterfall of its seconds, its figures, its passages, its prompt."""
     answer = turn.answer
     if answer is None:
         return ""
-    stats = answer.stats
-    search = turn.seconds_search + stats.seconds_retrieval
-    wait = stats.seconds_to_first_token
-    writing = max(0.0, stats.seconds_total - stats.seconds_retrieval - wait)
-    if not stats.generator:
-        wait = writing = 0.0
-    steps = [("retrieval", search), ("first_token", wait), ("writing_time", writing)]
+    steps = _steps(turn, answer.stats)
     total = max(sum(seconds for _, seconds in steps), 1e-6)
+    summary = [_seconds(total, language)]
+    if answer.stats.generator:
+        tokens = text(language, "brief_tokens", count=number(answer.stats.new_tokens))
+        summary += [tokens, escape(answer.stats.device)]
+    note = "" if answer.stats.generator else f'<p class="lr-note">{text(language, "no_model")}</p>'
+    figures = "".join(
+        f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _figures(turn, answer, language)
+    )
+    return (
+        f'<details class="lr-cost"><summary>{text(language, "what_happened")}'
+        f'<span class="lr-brief">{" · ".join(summary)}</span></summary>'
+        f'<div class="lr-inside">{_waterfall(steps, total, language)}<dl>{figures}</dl>{note}'
+        f"{_passages_table(answer, language)}{_prompt_html(answer, language)}</div></details>"
+    )
+
+
+def _steps(turn: Turn, stats: GenerationStats) -> list[tuple[str, float]]:
+    """The answer's time in order; together all of it."""
+    search = turn.seconds_search + stats.seconds_retrieval
+    if not stats.generator:
+        return [("retrieval", search)]
+    decode = (stats.new_tokens - 1) / stats.tokens_per_second if stats.tokens_per_second else 0.0
+    prefill = stats.seconds_to_first_token
+    check = max(0.0, stats.seconds_total - stats.seconds_retrieval - prefill - decode)
+    return [("retrieval", search), ("prefill", prefill), ("decode", decode), ("check", check)]
+
+
+def _waterfall(
+    steps: Sequence[tuple[str, float]], total: float, language: InterfaceLanguage
+) -> str:
     rows: list[str] = []
     before = 0.0
-    for name, seconds in steps if stats.generator else steps[:1]:
+    for name, seconds in steps:
+        width = max(0.8, 100 * seconds / total)
+        left = min(100 * before / total, 100 - width)
         rows.append(
             f'<div class="lr-step"><span>{text(language, name)}</span><span class="lr-track">'
-            f'<i class="lr-bar lr-bar-{name}" style="margin-left:{100 * before / total:.1f}%;'
-            f'width:{max(0.8, 100 * seconds / total):.1f}%"></i></span>'
-            f'<span class="lr-seconds">{_seconds(seconds, language)}</span></div>'
+            f'<i class="lr-bar lr-bar-{name}" style="margin-left:{left:.1f}%;width:{width:.1f}%"></i>'
+            f'</span><span class="lr-seconds">{_seconds(seconds, language)}</span></div>'
         )
         before += seconds
+    return "".join(rows)
+
+
+def _figures(turn: Turn, answer: Answer, language: InterfaceLanguage) -> list[tuple[str, str]]:
+    """(name, value) of what the model did and took; the values are escaped."""
+    stats = answer.stats
     figures: list[tuple[str, str]] = []
     if stats.generator:
-        share = f" ({stats.reused_tokens / stats.prompt_tokens:.0%})" if stats.prompt_tokens else ""
+        reused = number(stats.reused_tokens)
+        if stats.prompt_tokens:
+            reused += f" ({stats.reused_tokens / stats.prompt_tokens:.0%})"
+        first = turn.seconds_search + stats.seconds_retrieval + stats.seconds_to_first_token
         figures = [
             (text(language, "prompt_tokens"), number(stats.prompt_tokens)),
-            (text(language, "reused_tokens"), number(stats.reused_tokens) + share),
+            (text(language, "reused_tokens"), reused),
+            (text(language, "first_token"), _seconds(first, language)),
             (text(language, "new_tokens"), number(stats.new_tokens)),
             (text(language, "tokens_per_second"), number(stats.tokens_per_second)),
             (text(language, "model"), escape(stats.generator)),
             (text(language, "device"), escape(f"{stats.device} · {stats.dtype}")),
         ]
+    if stats.model_bytes:
+        cache = text(
+            language, "of", part=size_text(stats.cached_bytes), whole=size_text(stats.cache_bytes)
+        )
+        figures += [
+            (text(language, "model_memory"), size_text(stats.model_bytes)),
+            (text(language, "cache_memory"), cache),
+        ]
     if answer.kind != "refused" or stats.generator:
         figures.append((text(language, "confidence"), f"{answer.confidence:.0%}"))
-    table = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures)
-    note = "" if stats.generator else f'<p class="lr-note">{text(language, "no_model")}</p>'
-    summary = [_seconds(total, language)]
-    if stats.generator:
-        summary += [
-            f'{text(language, "new_tokens")} {number(stats.new_tokens)}', f"{escape(stats.device)}",
-        ]
+    return figures
+
+
+def _passages_table(answer: Answer, language: InterfaceLanguage) -> str:
+    """The passages in the order they were ranked, with their scores."""
+    if not answer.hits:
+        return ""
+    rows: list[str] = []
+    for at, hit in enumerate(answer.hits, 1):
+        page = hit.page if hit.page is not None else hit.chunk.page
+        where = f' <span class="lr-page">{text(language, "page", number=page)}</span>' if page else ""
+        rows.append(
+            f"<tr><td>{at}</td><td>{escape(hit.chunk.path)}{where}</td>"
+            f"<td>{number(hit.dense_score, 2)}</td><td>{number(hit.bm25_score, 2)}</td>"
+            f"<td>{number(hit.score, 2)}</td></tr>"
+        )
+    names = ("", text(language, "passage"), text(language, "dense"), text(language, "bm25"),
+             text(language, "score"))
+    head = "".join(f"<th>{name}</th>" for name in names)
     return (
-        f'<details class="lr-cost"><summary>{text(language, "what_happened")}'
-        f'<span class="lr-brief">{" · ".join(summary)}</span></summary>'
-        f'<div class="lr-inside">{"".join(rows)}<dl>{table}</dl>{note}</div></details>'
+        f'<table class="lr-table"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+        f'<p class="lr-note">{text(language, "scores_note")}</p>'
     )
+
+
+def _prompt_html(answer: Answer, language: InterfaceLanguage) -> str:
+    if not answer.prompt:
+        return ""
+    return (
+        f'<details class="lr-more"><summary>{text(language, "exact_prompt")}</summary>'
+        f'<pre class="lr-prompt" tabindex="0">{escape(answer.prompt)}</pre></details>'
+    )
+
+
+def size_text(count: float) -> str:
+    """Bytes for people: 512 B, 4.9 kB, 1.5 MB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1024:
+            return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} GB"
 
 
 def _seconds(seconds: float, language: InterfaceLanguage) -> str:

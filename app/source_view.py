@@ -7,7 +7,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from app.markup import escape, notice_html, segments
+from app.markup import escape, mark_html, notice_html, segments
 from app.page_pictures import draw_page
 from app.session import language, say
 from app.syncing import find_file
@@ -111,7 +111,7 @@ def _show_text(document_text: str, place: Place | None) -> None:
         if segment.kind == "cited":
             number = len(links) + 1
             links.append(f'<a class="lr-chip" href="#passage-{number}">{number}</a>')
-            shown = f'<mark id="passage-{number}">{shown}</mark>'
+            shown = mark_html(segment.text, f"passage-{number}")
         pieces.append(shown)
     if links:
         st.html(f'<div class="lr-muted">{say("go_to_passage")} {"".join(links)}</div>')

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from app.inside import Architecture, Inspector, gigabytes, probabilities
+from app.inside import Architecture, Inspector, probabilities
+from app.markup import size_text
 from rag.answer import Hit
 from rag.document import Chunk
 from rag.errors import GeneratorError
@@ -89,7 +90,7 @@ def test_the_cache_grows_by_what_its_heads_need() -> None:
     model = Architecture(32, 32, 8, 128, 4096, 128_256, 500_000.0)
     assert model.cache_bytes(1) == 131_072  # 2 x 32 x 8 x 128 x 2
     assert model.cache_bytes(1, num_kv_heads=32) == 4 * model.cache_bytes(1)
-    assert gigabytes(131_072) == "128.0 kB"
+    assert size_text(131_072) == "128.0 kB"
 
 
 def test_rotary_cosines_start_at_one_and_turn_at_their_frequency() -> None:

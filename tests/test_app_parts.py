@@ -174,7 +174,7 @@ def test_every_text_is_used() -> None:
     code = "".join(file.read_text(encoding="utf-8") for file in Path(texts.__file__).parent.glob("*.py"))
     built = {"generated", "quoted", "refused", "generated_note", "quoted_note", "refused_note", "queued",
              "loading", "searching", "reading", "writing", "too_large", "empty_file", "wrong_type",
-             "not_what_it_says", "retrieval", "first_token", "writing_time", "added", "changed", "moved", "deleted", "unchanged"}
+             "not_what_it_says", "retrieval", "prefill", "decode", "check", "added", "changed", "moved", "deleted", "unchanged"}
     unused = [key for key in texts.KEYS if key not in built and code.count(f'"{key}"') < 2]
     assert unused == []
 
