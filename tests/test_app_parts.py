@@ -179,6 +179,10 @@ def test_every_text_is_used() -> None:
     assert unused == []
 
 
+def test_the_style_sheet_holds_no_sign_for_which_the_browser_drops_it_whole() -> None:
+    assert "<" not in (Path(texts.__file__).parent / "style.css").read_text(encoding="utf-8")
+
+
 # access
 
 
