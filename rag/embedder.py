@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,15 @@ Vectors = npt.NDArray[np.float32]
 BUNDLED = Path(__file__).parent / "bundled" / "embedder"
 _BATCH = 64  # texts a forward in sentence-transformers
 _STATIC_BATCH = 1_024  # texts a look-up in a static table
+_MAX_PIECES = 100_000  # whose tokens are remembered: some 40 MB
+_WORD_LENGTH = 16  # of a piece that will come back; a Chinese sentence is longer and seldom does
+# What text falls into before it is cut into tokens: words of ASCII, unless an accent follows that
+# belongs to their last letter, and Chinese sentences.
+_PIECE = re.compile(
+    r"[A-Za-z]++(?![^\x00-\x7f])|[0-9]++(?![^\x00-\x7f])|[!-/:-@\[-`{-~](?![^\x00-\x7f])"
+    r"|[^\s。！？；]+|[。！？；]"
+)
+_SEPARATOR_CODES = r"[\x1c-\x1f]"  # white space to Python and not to the tokenizer
 
 
 class Embedder(Protocol):
@@ -94,6 +104,24 @@ def _static_layer(folder: Path) -> Path | None:
     return folder / str(modules[0]["path"])
 
 
+def _is_local(tokenizer_file: Path) -> bool:
+    """Whether a text's tokens are those of its pieces (`_PIECE`), one after the other.
+
+    So it is where text is cut at white space and at every mark first, and each character is
+    normalised by itself or with the accents behind it.
+    """
+    described = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+    normalizer, cutter = described.get("normalizer") or {}, described.get("pre_tokenizer") or {}
+    kinds = {part.get("type") for part in normalizer.get("normalizers", [normalizer])}
+    first, *rest = cutter.get("pretokenizers", [cutter])
+    return (
+        kinds <= {"NFKC", "Lowercase", "StripAccents"} and first.get("type") == "WhitespaceSplit"
+        and len(rest) == 1 and rest[0].get("type") == "Split"
+        and rest[0].get("behavior") == "Isolated" and not rest[0].get("invert")
+        and r"|[^\w\s]|" in rest[0]["pattern"].get("Regex", "")
+    )
+
+
 class StaticEmbedder:
     """The mean of a text's token vectors, of unit length.
 
@@ -118,6 +146,9 @@ class StaticEmbedder:
             raise EmbedderError(f"{weights_file} has no tensor named embedding.weight.")
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._tokens_of: dict[str, tuple[int, ...]] | None = {} if _is_local(tokenizer_file) else None
+        special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+        self._is_odd = re.compile("|".join([_SEPARATOR_CODES, *map(re.escape, special)])).search
         self._table: Vectors = np.ascontiguousarray(table, dtype=np.float32)  # (V, dim)
         self.name = name
         self.dim = int(self._table.shape[1])
@@ -133,10 +164,9 @@ class StaticEmbedder:
         return rows
 
     def _embed_into(self, rows: Vectors, texts: Sequence[str]) -> None:
-        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        for row, item in zip(rows, encoded, strict=True):
-            if item.ids:
-                self._table.take(item.ids, axis=0).mean(axis=0, out=row)
+        for row, ids in zip(rows, self.token_ids(texts), strict=True):
+            if ids:
+                self._table.take(ids, axis=0).mean(axis=0, out=row)
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
         np.divide(rows, norms, out=rows, where=norms > 0)
 
@@ -150,16 +180,45 @@ class StaticEmbedder:
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """For each text the rows of the table that its vector is the mean of."""
-        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [item.ids for item in encoded]
+        if self._tokens_of is None or any(map(self._is_odd, texts)):
+            return self._encode(texts)
+        pieces = [_PIECE.findall(text) for text in texts]
+        known = self._know(pieces)
+        return [[token for piece in text for token in known[piece]] for text in pieces]
+
+    def token_spans(
+        self, texts: Sequence[str]
+    ) -> list[tuple[list[int], npt.NDArray[np.int64]]]:
+        """`token_ids` of each text with the tokens' [start, end) characters, int64 (tokens, 2)."""
+        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [(item.ids, np.array(item.offsets, dtype=np.int64).reshape(-1, 2)) for item in encoded]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         counts: list[int] = []
         for begin in range(0, len(texts), _STATIC_BATCH):
-            batch = list(texts[begin : begin + _STATIC_BATCH])
-            counts += [len(item.ids) for item in
-                       self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)]
+            counts += map(len, self.token_ids(texts[begin : begin + _STATIC_BATCH]))
         return counts
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [item.ids for item in encoded]
+
+    def _know(self, texts: Sequence[Sequence[str]]) -> dict[str, tuple[int, ...]]:
+        """The tokens of every piece of the texts, and of others.
+
+        A passage is counted by paragraph, by sentence and as a chunk, and words come back: what
+        was cut into tokens once is remembered.
+        """
+        known = self._tokens_of
+        if known is None or len(known) > _MAX_PIECES:
+            # Another one: a thread that is reading the old one keeps it.
+            words = {piece: ids for piece, ids in (known or {}).items() if len(piece) <= _WORD_LENGTH}
+            known = self._tokens_of = words if len(words) <= _MAX_PIECES // 2 else {}
+        new = list({piece for text in texts for piece in text if piece not in known})
+        for begin in range(0, len(new), 4 * _STATIC_BATCH):
+            batch = new[begin : begin + 4 * _STATIC_BATCH]
+            known.update(zip(batch, map(tuple, self._encode(batch)), strict=True))
+        return known
 
 
 class TransformerEmbedder:

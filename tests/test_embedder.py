@@ -1,6 +1,7 @@
 """The bundled embedder, and sentence-transformers models in its place."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,19 @@ def test_reading_the_table_gives_the_vectors_of_sentence_transformers(bundled):
     model = SentenceTransformer(str(BUNDLED), device="cpu").float()
     texts = [text for text in TEXTS if text]
     assert bundled.embed_passages(texts) == pytest.approx(model.encode(texts), abs=1e-4)
+
+
+def test_what_is_remembered_of_words_changes_no_token(bundled):
+    # Seams between words and sentences, accents that belong to the letter before them, white space
+    # that is none to the tokenizer, special tokens: the pieces' tokens must be those of the text.
+    parts = ["words", "word", "e", "\u0301", "=", "\u0338", "缓存。", "键，值", "か", "\u3099", "12", "_", "-",
+             "\x1c", "\x01", "\u00a8", "[UNK]", "[PAD", "]", " ", "\n\n", "\u3000", "ﬁ", "Σ", "İ", "😀", "！", "é"]
+    chance = random.Random(5)
+    texts = ["".join(chance.choices(parts, k=chance.randrange(14))) for _ in range(3000)]
+    encoded = bundled._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    assert bundled.token_ids(texts) == [item.ids for item in encoded]
+    assert bundled.token_ids(texts) == [item.ids for item in encoded], "nor when they are known"
+    assert bundled._tokens_of, "some were remembered"
 
 
 def test_both_languages_lie_near_each_other(bundled):
