@@ -239,7 +239,11 @@ class KnowledgeBase:
         if not self._lock.is_locked:
             raise KnowledgeBaseError("the knowledge base is changed only inside `with kb.writing():`.")
         connection = self._connection
+        if getattr(self._local, "is_changing", False):
+            yield connection  # a part of a larger change
+            return
         connection.execute("BEGIN IMMEDIATE")
+        self._local.is_changing = True
         try:
             yield connection
             connection.execute(
@@ -250,6 +254,14 @@ class KnowledgeBase:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+        finally:
+            self._local.is_changing = False
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Make all changes inside one transaction: for many small files half the work of one each."""
+        with self._change():
+            yield
 
     # what is in it
 
