@@ -1,11 +1,13 @@
 """Parses files in worker processes, each file within limits of time and memory.
 
-Small text files are read in this process: their loaders run no foreign code, and starting a worker
-takes longer. Results come in the order of the files, and only so many are held at a time.
+Small text files are read in this process while they are few: their loaders run no foreign code, and
+starting a worker takes longer. Many of them go to the workers by the dozen. Results come in the
+order of the files, and only so many are held at a time.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
@@ -15,18 +17,24 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ingest.loaders import find_loader
 from ingest.scan import SourceFile
-from ingest.worker import document_from_dict, parse_file
-from rag.document import Document
+from ingest.worker import chunks_from_list, document_from_dict, parse_file
+from rag.document import Chunk, Document
+
+if TYPE_CHECKING:
+    from rag.embedder import Vectors
 
 _LIGHT_TYPES = frozenset({"md", "txt"})
 _LIGHT_BYTES = 2 << 20
+_MANY_LIGHT_BYTES = 4 << 20  # of small text files, from which workers pay their start
+_BATCH_BYTES = 512 << 10  # of small text files that a worker is asked for together
+_BATCH_FILES = 64
 _FILES_A_WORKER = 4  # below this a further worker does not pay its start
 
 
@@ -45,20 +53,36 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Splitting:
+    """How workers split and embed: with the static embedder of this name, in chunks of so many tokens."""
+
+    embedder: str
+    chunk_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class ParsedFile:
-    """A file's document, or why there is none. `seconds` is what parsing it took."""
+    """A file's document, or why there is none. `seconds` is what parsing it took.
+
+    `chunks` and `vectors` (float32, one row each) are there where the worker has made them.
+    """
 
     source: SourceFile
     document: Document | None
     error: str | None
     seconds: float
+    chunks: list[Chunk] | None = None
+    vectors: Vectors | None = None
 
 
 class ParserPool:
     """Use as a context manager: leaving it ends the workers."""
 
-    def __init__(self, limits: Limits, *, num_workers: int | None = None) -> None:
+    def __init__(
+        self, limits: Limits, *, splitting: Splitting | None = None, num_workers: int | None = None
+    ) -> None:
         self._limits = limits
+        self._splitting = splitting
         self._num_workers = num_workers or os.cpu_count() or 1
         self._workers: list[_Worker] = []
         self._idle: deque[_Worker] = deque()
@@ -77,22 +101,22 @@ class ParserPool:
 
     def parse(self, sources: Sequence[SourceFile]) -> Iterator[ParsedFile]:
         """Parse the files. Results come in the files' order."""
-        heavy = sum(not _is_light(source) for source in sources)
-        num_threads = max(1, min(self._num_workers, -(-heavy // _FILES_A_WORKER)))
+        jobs = _make_jobs(sources, self._splitting is not None)
+        to_workers = sum(not job.is_here for job in jobs)
+        num_threads = max(1, min(self._num_workers, -(-to_workers // _FILES_A_WORKER)))
         window = 4 * num_threads
-        waiting: deque[tuple[SourceFile, Future[ParsedFile] | None]] = deque()
+        waiting: deque[tuple[_Job, Future[list[ParsedFile]] | None]] = deque()
         with ThreadPoolExecutor(max_workers=num_threads) as threads:
             try:
-                pending = iter(sources)
+                pending = iter(jobs)
                 while True:
-                    while len(waiting) < window and (source := next(pending, None)) is not None:
-                        light = _is_light(source)
-                        future = None if light else threads.submit(self._parse_in_worker, source)
-                        waiting.append((source, future))
+                    while len(waiting) < window and (job := next(pending, None)) is not None:
+                        future = None if job.is_here else threads.submit(self._parse_in_worker, job)
+                        waiting.append((job, future))
                     if not waiting:
                         return
-                    source, future = waiting.popleft()
-                    yield self._parse_here(source) if future is None else future.result()
+                    job, future = waiting.popleft()
+                    yield from map(_parse_here, job.sources) if future is None else future.result()
             finally:
                 # Left early: nothing that waits is begun, and what runs is ended.
                 for _, future in waiting:
@@ -103,30 +127,69 @@ class ParserPool:
                         for worker in self._workers:
                             worker.stop()
 
-    def _parse_here(self, source: SourceFile) -> ParsedFile:
-        began = time.perf_counter()
-        return _read_answer(source, parse_file(source.file, source.path), began)
-
-    def _parse_in_worker(self, source: SourceFile) -> ParsedFile:
-        began = time.perf_counter()
-        if source.size > self._limits.file_mb << 20:
+    def _parse_in_worker(self, job: _Job) -> list[ParsedFile]:
+        (first, *others) = job.sources
+        if not others and first.size > self._limits.file_mb << 20:
             reason = (
-                f"it has {source.size >> 20:,} MB; files of up to {self._limits.file_mb:,} MB are "
+                f"it has {first.size >> 20:,} MB; files of up to {self._limits.file_mb:,} MB are "
                 "read (--max-file-mb)"
             )
-            return ParsedFile(source, None, reason, 0.0)
+            return [ParsedFile(first, None, reason, 0.0)]
+        began = time.perf_counter()
         with self._lock:
             worker = self._idle.popleft() if self._idle else None
             if worker is None:
                 worker = _Worker(self._limits)
                 self._workers.append(worker)
-        answer = worker.ask(source)
+        answers = worker.ask(job.sources, self._splitting)
         with self._lock:
             if worker.is_alive:
                 self._idle.append(worker)
             else:
                 self._workers.remove(worker)
-        return _read_answer(source, answer, began)
+        if isinstance(answers, str):
+            if others:  # one of them is to blame: each by itself, so that it alone fails
+                return [
+                    parsed for source in job.sources
+                    for parsed in self._parse_in_worker(_Job((source,), is_here=False))
+                ]
+            return [ParsedFile(first, None, answers, time.perf_counter() - began)]
+        return [
+            _read_answer(source, answer) for source, answer in zip(job.sources, answers, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Files that are parsed together: by themselves, or small text files by the dozen."""
+
+    sources: tuple[SourceFile, ...]
+    is_here: bool  # in this process
+
+
+def _make_jobs(sources: Sequence[SourceFile], by_dozen: bool) -> list[_Job]:
+    """The files in their order; small text files together where they are many and `by_dozen`."""
+    light = [_is_light(source) for source in sources]
+    are_many = sum(s.size for s, is_light in zip(sources, light) if is_light) >= _MANY_LIGHT_BYTES
+    if not (by_dozen and are_many):
+        return [_Job((source,), is_light) for source, is_light in zip(sources, light)]
+    jobs: list[_Job] = []
+    batch: list[SourceFile] = []
+    size = 0
+    for source, is_light in zip(sources, light):
+        if batch and not (
+            is_light and size + source.size <= _BATCH_BYTES and len(batch) < _BATCH_FILES
+        ):
+            jobs.append(_Job(tuple(batch), is_here=False))
+            batch, size = [], 0
+        if is_light:
+            batch.append(source)
+            size += source.size
+        else:
+            jobs.append(_Job((source,), is_here=False))
+    if batch:
+        jobs.append(_Job(tuple(batch), is_here=False))
+    return jobs
 
 
 def _is_light(source: SourceFile) -> bool:
@@ -134,11 +197,28 @@ def _is_light(source: SourceFile) -> bool:
     return loader is not None and loader.media_type in _LIGHT_TYPES and source.size <= _LIGHT_BYTES
 
 
-def _read_answer(source: SourceFile, answer: dict[str, Any], began: float) -> ParsedFile:
+def _parse_here(source: SourceFile) -> ParsedFile:
+    began = time.perf_counter()
+    parsed = parse_file(source.file, source.path)
     seconds = time.perf_counter() - began
+    if isinstance(parsed, str):
+        return ParsedFile(source, None, parsed, seconds)
+    return ParsedFile(source, parsed, None, seconds)
+
+
+def _read_answer(source: SourceFile, answer: dict[str, Any]) -> ParsedFile:
+    seconds = answer["seconds"]
     if "error" in answer:
         return ParsedFile(source, None, answer["error"], seconds)
-    return ParsedFile(source, document_from_dict(answer["document"]), None, seconds)
+    document = document_from_dict(answer["document"])
+    if "chunks" not in answer:
+        return ParsedFile(source, document, None, seconds)
+    import numpy as np
+
+    chunks = chunks_from_list(document, answer["chunks"])
+    packed = np.frombuffer(base64.b64decode(answer["vectors"]), dtype="<f4")
+    vectors = packed.reshape(len(chunks), -1) if chunks else packed.reshape(0, 1)
+    return ParsedFile(source, document, None, seconds, chunks, vectors)
 
 
 class _Worker:
@@ -159,11 +239,18 @@ class _Worker:
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
-    def ask(self, source: SourceFile) -> dict[str, Any]:
-        """Parse one file. A worker that was too slow or crashed is dead afterwards."""
+    def ask(
+        self, sources: Sequence[SourceFile], splitting: Splitting | None
+    ) -> list[dict[str, Any]] | str:
+        """Parse files: an answer each, or why there are none.
+
+        A worker that was too slow or crashed is dead afterwards.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
         request = {
-            "file": str(source.file), "path": source.path, "seconds": self._limits.seconds,
+            "files": [(str(source.file), source.path) for source in sources],
+            "splitting": None if splitting is None else asdict(splitting),
+            "seconds": self._limits.seconds,
         }
         is_late = threading.Event()
 
@@ -183,17 +270,17 @@ class _Worker:
         finally:
             timer.cancel()
         if line.endswith(b"\n"):
-            answer: dict[str, Any] = json.loads(line)
-            return answer
+            answers: list[dict[str, Any]] = json.loads(line)
+            return answers
         code = self._process.wait()
         self.stop()
         if is_late.is_set():
-            return {"error": f"parsing it took longer than {self._limits.seconds:g} s (--timeout)"}
+            return f"parsing it took longer than {self._limits.seconds:g} s (--timeout)"
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return {
-            "error": f"the parser crashed on it ({how}); it may need more than "
+        return (
+            f"the parser crashed on it ({how}); it may need more than "
             f"{self._limits.memory_mb:,} MB of memory (--max-memory-mb) or be damaged"
-        }
+        )
 
     def stop(self) -> None:
         if self._process.poll() is None:

@@ -2,7 +2,7 @@
 
 A file is known by its path in the base and its content's hash. New and changed files are parsed,
 moved ones keep their vectors, deleted ones leave the base, unchanged ones cost a hash. Each file is
-one transaction; whatever stops a run, the base holds some files of the old state and some of the
+stored whole; whatever stops a run, the base holds some files of the old state and some of the
 new one, each of them whole, and the next run goes on from there.
 """
 
@@ -18,14 +18,14 @@ import numpy as np
 
 from ingest.loaders import find_loader
 from ingest.ocr import HOW_TO, find_tesseract
-from ingest.parsers import Limits, ParsedFile, ParserPool
+from ingest.parsers import Limits, ParsedFile, ParserPool, Splitting
 from ingest.report import FileResult, Status, SyncReport, find_twins
 from ingest.roots import META_KEY, Root, RootTable, Scope
 from ingest.scan import ScanResult, SourceFile, hash_files, scan
 from ingest.splitter import VERSION as SPLITTER_VERSION
 from ingest.splitter import split_document
 from rag.document import Chunk, Document
-from rag.embedder import Embedder, load_embedder
+from rag.embedder import Embedder, StaticEmbedder, Vectors, load_embedder
 from rag.errors import EmbedderError, InputError, KnowledgeBaseError
 from rag.knowledge import DATABASE, FileRecord, KnowledgeBase
 from rag.settings import Settings
@@ -111,6 +111,7 @@ class _Run:
         self._settings = settings
         self._paths = paths
         self._given_embedder = embedder
+        self._is_named = embedder is None  # in the settings, so that a worker finds it too
         self._progress = progress
         self._limits = limits
         self._include = include
@@ -266,7 +267,7 @@ class _Run:
             if task.is_text_known:
                 document = base.document(task.source.path)
                 yield task, ParsedFile(task.source, document, None, 0.0)
-        with ParserPool(self._limits) as pool:
+        with ParserPool(self._limits, splitting=self._splitting) as pool:
             for parsed in pool.parse([task.source for task in by_path.values()]):
                 yield by_path[parsed.source.path], parsed
 
@@ -277,9 +278,9 @@ class _Run:
             seconds=round(parsed.seconds, 4), pipeline=task.pipeline,
         )
         document, error = parsed.document, parsed.error
-        chunks: list[Chunk] = []
+        chunks: list[Chunk] = parsed.chunks or []
         began = time.perf_counter()
-        if document is not None:
+        if document is not None and parsed.chunks is None:
             try:
                 chunks = split_document(
                     document, self._embedder.count_tokens, chunk_tokens=self._chunk_budget
@@ -295,7 +296,7 @@ class _Run:
             record, pages=len(document.pages), warnings=warnings,
             seconds=round(record.seconds + time.perf_counter() - began, 4),
         )
-        return _Prepared(task, record, document, chunks)
+        return _Prepared(task, record, document, chunks, parsed.vectors)
 
     def _check_lengths(self, chunks: Sequence[Chunk]) -> Iterator[str]:
         limit = self._embedder.max_tokens
@@ -310,15 +311,24 @@ class _Run:
             )
 
     def _store(self, batch: Sequence[_Prepared], base: KnowledgeBase) -> None:
-        texts = [chunk.indexed_text for item in batch for chunk in item.chunks]
+        if not batch:
+            return
+        rest = [item for item in batch if item.vectors is None]
+        texts = [chunk.indexed_text for item in rest for chunk in item.chunks]
         if texts:
             vectors = self._embedder.embed_passages(texts)
         else:
             vectors = np.zeros((0, self._embedder.dim), dtype=np.float32)
         start = 0
+        with base.together():
+            for item in batch:
+                if item.vectors is None:
+                    end = start + len(item.chunks)
+                    own, start = vectors[start:end], end
+                else:
+                    own = item.vectors
+                base.put_file(item.record, item.document, item.chunks, own)
         for item in batch:
-            end = start + len(item.chunks)
-            base.put_file(item.record, item.document, item.chunks, vectors[start:end])
             self._embedded += len(item.chunks)
             self._note(
                 FileResult(
@@ -326,7 +336,6 @@ class _Run:
                     item.record.warnings, seconds=item.record.seconds,
                 )
             )
-            start = end
 
     # the embedder
 
@@ -343,6 +352,13 @@ class _Run:
                 self._settings.embedder, device=self._settings.device
             )
         return self._given_embedder
+
+    @property
+    def _splitting(self) -> Splitting | None:
+        """What the workers need to split and embed; None where that takes more than a table."""
+        if not self._is_named or not isinstance(self._embedder, StaticEmbedder):
+            return None
+        return Splitting(self._settings.embedder, self._chunk_budget)
 
     @property
     def _chunk_budget(self) -> int:
@@ -433,6 +449,7 @@ class _Prepared:
     record: FileRecord
     document: Document
     chunks: list[Chunk]
+    vectors: Vectors | None  # where a worker has embedded it
 
 
 def _find_gone(

@@ -450,10 +450,11 @@ def slow_loader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         "import json, os, sys, time\n"
         "sys.path.insert(0, os.environ['REAL_PROJECT'])\n"
         "for line in sys.stdin:\n"
-        "    text = open(json.loads(line)['file']).read()\n"
+        "    (file, path), = json.loads(line)['files']\n"
+        "    text = open(file).read()\n"
         "    if 'hang' in text: time.sleep(60)\n"
         "    if 'die' in text: os._exit(9)\n"
-        "    print(json.dumps({'error': 'read ' + text}), flush=True)\n",
+        "    print(json.dumps([{'error': 'read ' + text, 'seconds': 0.1}]), flush=True)\n",
     )
     write(package / "__init__.py", "")
     return tmp_path / "fake"
