@@ -217,15 +217,18 @@ def _documents(answer: Answer, base: KnowledgeBase) -> dict[str, str]:
 
 def _show_actions(turn: Turn, *, is_last: bool) -> None:
     answer = turn.answer
-    with st.container(horizontal=True, gap="small", vertical_alignment="center", key=f"actions-{turn.id}"):
-        if answer is not None:
-            for place in source_view.places(answer):
+    found = source_view.places(answer) if answer is not None else []
+    if found:
+        with st.container(horizontal=True, gap="small", key=f"views-{turn.id}"):
+            for place in found:
                 if st.button(
                     escape_label(place.label(session.language())), key=f"view-{turn.id}-{place.key}",
-                    icon=":material/find_in_page:", type="tertiary",
+                    icon=":material/find_in_page:", help=say("open_source"),
                 ):
                     st.session_state["source_view"] = place
                     st.rerun()
+    with st.container(horizontal=True, gap="small", vertical_alignment="center", key=f"actions-{turn.id}"):
+        if answer is not None:
             st.html(copy_html(answer.text, session.language()), width="content")
         if is_last:
             if st.button(say("ask_again"), key=f"again-{turn.id}", icon=":material/refresh:", type="tertiary"):

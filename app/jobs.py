@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from app.background import Background
 from app.conversations import Conversation, Turn
 from rag.answer import Answer
 from rag.errors import RagError
@@ -97,35 +98,15 @@ class Job:
         Loading a model can't be broken off. It goes on by itself, and the next question finds the
         model loaded, or waits for it.
         """
-        loading = _Loading(self.open_rag)
+        loading = Background(self._open, name="loading")
         self.turn.stop.then(loading.is_over.set)
         loading.is_over.wait()
         return None if self.turn.stop.is_set else loading.result()
 
-
-class _Loading:
-    """A call in a thread of its own, of which another thread may stop to wait for the end."""
-
-    def __init__(self, call: Callable[[], Rag]) -> None:
-        self.is_over = threading.Event()
-        self._call = call
-        self._rag: Rag | None = None
-        self._error: Exception | None = None
-        threading.Thread(target=self._run, name="loading", daemon=True).start()
-
-    def _run(self) -> None:
-        try:
-            self._rag = self._call()
-            self._rag.base.close()  # this thread's connection
-        except Exception as error:  # raised again where it is waited for
-            self._error = error
-        self.is_over.set()
-
-    def result(self) -> Rag:
-        if self._error is not None:
-            raise self._error
-        assert self._rag is not None, "it is over"
-        return self._rag
+    def _open(self) -> Rag:
+        rag = self.open_rag()
+        rag.base.close()  # this thread's connection
+        return rag
 
 
 class Desk:

@@ -68,6 +68,22 @@ def answer_html(turn: Turn, language: InterfaceLanguage) -> str:
     )
 
 
+def progress_html(
+    done: int, total: int, last: Sequence[str], seconds: float, language: InterfaceLanguage
+) -> str:
+    """How far an ingest is, and the files it went through last, the newest first."""
+    share = done / total if total else 0.0
+    counted = text(language, "files_done", done=number(done), total=number(total)) if total else "…"
+    so_far = text(language, "running_for", seconds=f"{seconds:.0f}")
+    files = "".join(f"<li>{escape(path)}</li>" for path in reversed(last))
+    return (
+        f'<div class="lr-progress" role="status"><div class="lr-head"><b>{text(language, "building")}</b>'
+        f'<span>{counted} · {so_far}</span></div>'
+        f'<div class="lr-track"><i class="lr-bar" style="width:{100 * min(1.0, share):.1f}%"></i></div>'
+        f"<ul>{files}</ul></div>"
+    )
+
+
 def copy_html(answer_text: str, language: InterfaceLanguage) -> str:
     """A button that puts the text on the clipboard; the page's script listens for it."""
     return (
@@ -282,14 +298,16 @@ def _card(
     place = [escape(part) for part in dict.fromkeys((chunk.title, *chunk.headings)) if part]
     where = f'<span class="lr-page">{text(language, "page", number=page)}</span>' if page else ""
     body = _segments_html(shown, anchor)
-    note = ""
+    found = note = ""
+    if is_search:
+        found = f'<span class="lr-found" title="{text(language, "score")}">{number(hit.score, 1)}</span>'
     if not is_current and not is_search:
         note = f'<p class="lr-note">{text(language, "changed_since")}</p>'
     return (
         f'<details class="lr-source{" lr-cited" if cited else ""}"><summary>'
         f'<span class="lr-number">{marker}</span>'
         f'<span class="lr-what"><span class="lr-file">{escape(chunk.path)}</span>{where}'
-        f'<span class="lr-preview">{escape(preview[:240])}</span></span></summary>'
+        f'<span class="lr-preview">{escape(preview[:240])}</span></span>{found}</summary>'
         f'<div class="lr-inside">'
         f'<div class="lr-place">{" <i>›</i> ".join(place)}</div>'
         f'<div class="lr-passage" tabindex="0">{body}</div>{note}'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import streamlit as st
@@ -77,6 +78,12 @@ def settings() -> Settings:
         st.session_state["settings"] = Settings.load()
     chosen: Settings = st.session_state["settings"]
     return chosen
+
+
+def use_base(folder: str) -> None:
+    """Go over to another knowledge base, and to a new conversation about it."""
+    st.session_state["settings"] = replace(settings(), kb=folder)
+    open_conversation(None)
 
 
 def conversations() -> ConversationStore:

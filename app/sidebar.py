@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import streamlit as st
 from streamlit.navigation.page import StreamlitPage
 
 from app import session
+from app.background import Background
 from app.markup import escape, escape_label, notice_html
+from app.models import LoadedGenerator
 from app.session import say
 from app.texts import LANGUAGES, number
 from rag.errors import RagError
 from rag.settings import Settings
+
+_log = logging.getLogger(__name__)
+_SHORT = 0.3  # seconds; what is over by then needs no sign that it goes on
 
 
 def show(pages: Sequence[StreamlitPage]) -> None:
@@ -58,14 +64,15 @@ def _show_conversations(chat: StreamlitPage) -> None:
     entries = store.entries(search or "", limit=12)
     if not entries:
         st.html(f'<div class="lr-muted">{say("no_conversation")}</div>')
-    for entry in entries:
-        is_current = entry.id == current.id
-        if st.button(
-            escape_label(entry.title), key=f"open-{entry.id}", width="stretch", wrap=False,
-            type="secondary" if is_current else "tertiary",
-        ) and not is_current:
-            session.open_conversation(store.get(entry.id))
-            st.switch_page(chat)
+    with st.container(key="conversations", gap=None):
+        for entry in entries:
+            is_current = entry.id == current.id
+            if st.button(
+                escape_label(entry.title), key=f"open-{entry.id}", width="stretch", wrap=False,
+                type="secondary" if is_current else "tertiary",
+            ) and not is_current:
+                session.open_conversation(store.get(entry.id))
+                st.switch_page(chat)
 
 
 def _show_settings() -> None:
@@ -91,10 +98,12 @@ def _show_settings() -> None:
         st.session_state["settings"] = changed
         with st.form("models", border=False):
             generator = st.text_input(say("generator"), settings.generator, key="set-generator")
-            folder = st.text_input(say("kb_folder"), settings.kb, key="set-kb")
+            folder = st.text_input(say("kb_folder"), settings.kb, key=f"set-kb-{settings.kb}")
             is_sent = st.form_submit_button(say("apply"), width="stretch")
         if is_sent:
             _apply(changed, generator.strip(), folder.strip())
+        if "model_change" in st.session_state:
+            _follow_change()
         if error := st.session_state.get("settings_error"):
             st.html(notice_html(say("settings"), error))
         loaded = session.model_store().loaded(changed)
@@ -111,19 +120,57 @@ def _show_settings() -> None:
     st.html(f'<div class="lr-muted">{escape(line)}</div>')
 
 
+@dataclass(frozen=True, slots=True)
+class _ModelChange:
+    """Settings that wait until their model is loaded."""
+
+    wanted: Settings
+    loading: Background[LoadedGenerator]
+
+
 def _apply(settings: Settings, generator: str, folder: str) -> None:
     """Take another model or knowledge base. Where the model can't be loaded, the old one stays."""
     st.session_state["settings_error"] = ""
     try:
         wanted = replace(settings, generator=generator, kb=folder)
-        if generator != settings.generator:
-            with st.spinner(say("loading")):
-                session.model_store().load_generator(wanted)
+    except RagError as error:
+        st.session_state["settings_error"] = str(error)
+        return
+    if generator == settings.generator:
+        _take(wanted)
+        st.rerun()
+    store = session.model_store()
+    loading = Background(lambda: store.load_generator(wanted), name="loading")
+    loading.is_over.wait(_SHORT)
+    st.session_state["model_change"] = _ModelChange(wanted, loading)
+
+
+@st.fragment(run_every=0.4)
+def _follow_change() -> None:
+    """Show that a model is being loaded, and take it or say why not; the page stays usable."""
+    change: _ModelChange | None = st.session_state.get("model_change")
+    if change is None:
+        return
+    if not change.loading.is_over.is_set():
+        line = say("loading_model", name=change.wanted.generator)
+        st.html(f'<div class="lr-stage"><span class="lr-pulse"></span>{escape(line)}</div>')
+        return
+    del st.session_state["model_change"]
+    settings = session.settings()
+    try:
+        change.loading.result()
     except RagError as error:
         kept = say("kept_model", name=settings.generator)
         st.session_state["settings_error"] = f"{error}\n{kept}"
-        return
-    st.session_state["settings"] = wanted
-    if folder != settings.kb:
-        session.open_conversation(None)
+    except Exception as error:  # a bug: its traceback belongs in the log, not on the page
+        _log.exception("a model could not be loaded")
+        st.session_state["settings_error"] = say("unexpected", name=type(error).__name__)
+    else:
+        _take(replace(settings, generator=change.wanted.generator, kb=change.wanted.kb))
     st.rerun()
+
+
+def _take(wanted: Settings) -> None:
+    if wanted.kb != session.settings().kb:
+        session.use_base(wanted.kb)
+    st.session_state["settings"] = wanted

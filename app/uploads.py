@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Literal
 
 from ingest.loaders import LOADERS, find_loader
+from rag.errors import InputError
 
-MAX_FILES = 50  # at a time
+MAX_FILES = 200  # at a time
 MAX_MEGABYTES = 50  # each; .streamlit/config.toml stops larger ones before they are sent
+MAX_TOTAL_MEGABYTES = 400  # at a time, all together: they pass through memory
+_MAX_DEPTH = 8  # folders within an uploaded folder
 _MAX_NAME_BYTES = 180  # file systems take 255; a number and a temporary name must still fit
 _ZIPPED = frozenset(
     {".docx", ".docm", ".pptx", ".pptm", ".xlsx", ".xlsm", ".epub", ".zip", ".odt", ".odp", ".ods"}
@@ -71,6 +74,16 @@ def sanitise_name(name: str) -> str:
     return f"{stem}.{suffix}" if suffix else stem
 
 
+def sanitise_path(name: str) -> str:
+    """The path of a file within an uploaded folder, every part of it made a plain name.
+
+    What leads upwards or to a root goes, so that it stays in the folder it is put into; of a deeper
+    one the folders next to the file are kept.
+    """
+    parts = [part for part in name.replace("\\", "/").split("/") if part.strip(". ")]
+    return "/".join(sanitise_name(part) for part in parts[-1 - _MAX_DEPTH :]) or sanitise_name("")
+
+
 def check_upload(name: str, data: bytes) -> Rejection | None:
     """Why a file is not taken, or None. Judges the content, not only the name."""
     megabytes = len(data) / 2**20
@@ -93,10 +106,19 @@ def check_upload(name: str, data: bytes) -> Rejection | None:
 
 
 def store_upload(folder: Path, name: str, data: bytes) -> Path:
-    """Write an accepted file; one of the same name is replaced. Returns where it is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / sanitise_name(name)
-    handle, fresh = tempfile.mkstemp(dir=folder, prefix=".upload-")
+    """Write an accepted file; one of the same path is replaced. Returns where it is.
+
+    Raises InputError where a file or link stands in the place of one of its folders.
+    """
+    target = folder / sanitise_path(name)
+    place = folder
+    place.mkdir(parents=True, exist_ok=True)
+    for part in target.parent.relative_to(folder).parts:
+        place = place / part
+        if place.is_symlink() or (place.exists() and not place.is_dir()):
+            raise InputError(f"{place.name} in {place.parent} is not a folder; {name} was not stored.")
+        place.mkdir(exist_ok=True)
+    handle, fresh = tempfile.mkstemp(dir=place, prefix=".upload-")
     try:
         with os.fdopen(handle, "wb") as out:
             out.write(data)
@@ -108,13 +130,16 @@ def store_upload(folder: Path, name: str, data: bytes) -> Path:
 
 
 def uploaded_names(folder: Path) -> list[str]:
-    """The names of the files that were uploaded."""
-    if not folder.is_dir():
-        return []
-    return sorted(
-        entry.name for entry in os.scandir(folder)
-        if entry.is_file(follow_symlinks=False) and not entry.name.startswith(".")
-    )
+    """The files that were uploaded, as paths within the folder. Links are not followed."""
+    names: list[str] = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inner = Path(place).relative_to(folder)
+        names += [
+            (inner / name).as_posix() for name in files
+            if not name.startswith(".") and not (Path(place) / name).is_symlink()
+        ]
+    return sorted(names)
 
 
 def delete_uploads(folder: Path, names: Iterable[str]) -> list[str]:
@@ -125,4 +150,7 @@ def delete_uploads(folder: Path, names: Iterable[str]) -> list[str]:
         if name in present:
             (folder / name).unlink(missing_ok=True)
             deleted.append(name)
+    for place, _, _ in os.walk(folder, topdown=False):
+        if place != str(folder) and not os.listdir(place):
+            os.rmdir(place)
     return deleted

@@ -222,6 +222,10 @@ def test_the_handbook_is_built_from_the_page(
     monkeypatch.setenv("RAG_KB", str(tmp_path / "new"))
     page = open_page()
     page.button(key="build-handbook").click().run()
+    end = time.monotonic() + 20
+    while not page.chat_input and time.monotonic() < end:
+        time.sleep(0.05)
+        page.run()
     assert page.chat_input and "1 files" in html(page)
 
 

@@ -31,13 +31,14 @@ from app.uploads import (
     check_upload,
     delete_uploads,
     sanitise_name,
+    sanitise_path,
     store_upload,
     suffixes,
     uploaded_names,
 )
 from rag.answer import Answer, Citation, GenerationStats, Hit
 from rag.document import Chunk
-from rag.errors import GeneratorError
+from rag.errors import GeneratorError, InputError
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)> ![p](http://evil.test/p.png) "\'>'
 KNOWLEDGE = Path(__file__).parent.parent / "knowledge"
@@ -268,6 +269,38 @@ def test_an_upload_replaces_a_link_and_never_follows_it(tmp_path: Path) -> None:
     assert stored == folder / "a.txt" and not stored.is_symlink()
     assert stored.read_text() == "theirs" and outside.read_text() == "mine"
     assert uploaded_names(folder) == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("手册/zh/a.md", "手册/zh/a.md"),
+        ("../../etc/passwd.txt", "etc/passwd.txt"),
+        ("/etc/passwd.txt", "etc/passwd.txt"),
+        ("C:\\Users\\x\\a.md", "C_/Users/x/a.md"),
+        ("a/./../.../b.md", "a/b.md"),
+        ("a/con/x\u202e.md", "a/file con/x.md"),
+        ("/".join("123456789abc") + "/x.md", "5/6/7/8/9/a/b/c/x.md"),
+        ("..", "file"),
+    ],
+)
+def test_the_folders_of_an_upload_stay_and_lead_nowhere_else(given: str, expected: str) -> None:
+    assert sanitise_path(given) == expected
+
+
+def test_an_uploaded_folder_keeps_its_shape_and_goes_with_its_last_file(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    folder = tmp_path / "uploads"
+    store_upload(folder, "docs/zh/a.md", b"x")
+    store_upload(folder, "docs/b.md", b"x")
+    (folder / "link").symlink_to(outside)
+    with pytest.raises(InputError, match="link in .* is not a folder"):
+        store_upload(folder, "link/c.md", b"x")
+    assert list(outside.iterdir()) == []
+    assert uploaded_names(folder) == ["docs/b.md", "docs/zh/a.md"]
+    assert delete_uploads(folder, ["docs/zh/a.md"]) == ["docs/zh/a.md"]
+    assert not (folder / "docs/zh").exists() and (folder / "docs/b.md").exists()
 
 
 def test_only_files_in_the_upload_folder_can_be_deleted(tmp_path: Path) -> None:
