@@ -1,4 +1,4 @@
-"""python -m rag ask | batch | retrieve | eval | doctor"""
+"""python -m rag ask | batch | retrieve | eval | questions | doctor"""
 
 from __future__ import annotations
 
@@ -83,10 +83,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--details", type=Path, metavar="OUT.jsonl", help="write every answer there")
     evaluate.set_defaults(run=_evaluate)
 
+    questions = commands.add_parser("questions", help="make questions of your documents, to measure with `eval`")
+    questions.add_argument("target", metavar="OUT.jsonl", type=Path)
+    questions.add_argument("--count", type=int, default=200, help="at most so many (default: 200)")
+    questions.add_argument("--unanswerable", type=float, default=0.25, metavar="SHARE",
+                           help="share of them that the documents don't answer (default: 0.25)")
+    questions.set_defaults(run=_questions)
+
     doctor = commands.add_parser("doctor", help="check settings, knowledge base and models; repair")
     doctor.set_defaults(run=_doctor)
 
-    for command in (ask, retrieve, batch, evaluate, doctor):
+    for command in (ask, retrieve, batch, evaluate, questions, doctor):
         _add_settings(command)
     return parser
 
@@ -296,6 +303,25 @@ def _print_comparison(comparison: Comparison) -> None:
     print(f"worse:  {len(comparison.worse)} questions {' '.join(comparison.worse[:20])}")
 
 
+def _questions(options: argparse.Namespace, settings: Settings) -> int:
+    from rag.knowledge import KnowledgeBase
+    from rag.questions import make_questions
+
+    made = make_questions(
+        KnowledgeBase.open(settings.kb), count=options.count, unanswerable=options.unanswerable, seed=settings.seed
+    )
+    with _writable(options.target) as out:
+        for number, each in enumerate(made, 1):
+            out.write(json.dumps(each.to_dict(number), ensure_ascii=False) + "\n")
+    without = sum(each.unanswerable for each in made)
+    print(f"{len(made) - without} questions with and {without} without an answer from "
+          f"{len({each.path for each in made})} files, in {options.target}", file=sys.stderr)
+    if len(made) < options.count:
+        print(f"That is less than the {options.count} asked for: no more sentences fit a pattern.", file=sys.stderr)
+    print(f"Look through them, then: python -m rag eval {options.target} --kb {settings.kb}", file=sys.stderr)
+    return 0
+
+
 def _doctor(options: argparse.Namespace, settings: Settings) -> int:
     from rag.embedder import load_embedder
     from rag.knowledge import KnowledgeBase
@@ -319,6 +345,8 @@ def _doctor(options: argparse.Namespace, settings: Settings) -> int:
         with base.writing():
             base.publish()
         print(f"  FAISS file: written again from SQLite, now {base.index_state()}")
+    if facts := base.index_facts():
+        print(f"  FAISS file: {facts.describe()}")
     base.check_embedder(load_embedder(settings.embedder, device=settings.device))
     print(f"embedder {settings.embedder}: loads, and is the one that built the knowledge base")
     from rag.generator import load_generator

@@ -1,18 +1,17 @@
 """The knowledge base on disk: SQLite is the truth, the FAISS file is derived from it.
 
     .kb/knowledge.sqlite    files with their text, chunks, vectors (float16), full-text index
-    .kb/vectors.faiss       the same vectors as a FAISS index, replaced in one rename
+    .kb/vectors.faiss       the same vectors as a FAISS index (rag/dense_index.py), replaced in one rename
     .kb/writer.lock         held by the one process that writes
 
 Every change is one transaction and raises the generation. A reader answers each question from one
 snapshot of SQLite with vectors of the same generation, so it sees the old state or the new one,
-never a mix. Where the FAISS file is missing, damaged or of another generation, its contents are
-taken from SQLite again.
+never a mix. Triggers note which vectors changed since the FAISS file was written; a reader takes
+those from SQLite, and all of them where the file is missing or damaged.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sqlite3
@@ -23,11 +22,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import faiss
 import filelock
 import numpy as np
 import numpy.typing as npt
 
+from rag.dense_index import (
+    DenseIndex,
+    DenseView,
+    Found,
+    IndexFacts,
+    Overlay,
+    Rows,
+    build_index,
+    can_be_updated,
+    is_whole,
+    read_index,
+    updated_index,
+    write_index,
+)
 from rag.document import Chunk, Document, Heading, Page
 from rag.embedder import Embedder, Vectors
 from rag.errors import KnowledgeBaseError
@@ -59,6 +71,29 @@ CREATE VIRTUAL TABLE terms USING fts5(
 );
 CREATE VIRTUAL TABLE term_counts USING fts5vocab('terms', 'row');
 """
+# Which rows have another vector than in the FAISS file, or are gone, and since which generation.
+# Made with the base, or by the first writer where the base is older than the table.
+_CHANGE_LOG = """
+CREATE TABLE IF NOT EXISTS vector_changes (row INTEGER PRIMARY KEY, generation INTEGER NOT NULL);
+CREATE INDEX IF NOT EXISTS vector_changes_by_generation ON vector_changes(generation);
+""" + "".join(
+    f"""
+CREATE TRIGGER IF NOT EXISTS {name} AFTER {event} ON chunks BEGIN
+    INSERT OR REPLACE INTO vector_changes
+    SELECT {row}.id, CAST(value AS INTEGER) + 1 FROM meta WHERE key = 'generation';
+END;
+"""
+    for name, event, row in (
+        ("chunk_added", "INSERT", "new"), ("chunk_removed", "DELETE", "old"),
+        ("chunk_embedded_again", "UPDATE OF vector", "new"),
+    )
+)
+_FACTS = "index"  # in meta: what the FAISS file holds, as JSON
+_AT_ONCE = 500  # rows asked for in one statement
+_READ_AT_ONCE = 20_000  # vectors in memory while an index is built
+# A large FAISS file is written again once this share of it has changed; until then the changes are
+# searched beside it.
+_PENDING_SHARE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +123,6 @@ class StoredChunk:
     body_terms: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Index:
-    """The vectors of one generation: a faiss.IndexIDMap2 whose ids are the chunks' row numbers."""
-
-    generation: int
-    index: Any
-
-
 class KnowledgeBase:
     """Open with `KnowledgeBase.open(folder)`, or `.create(folder)` to make it where it is missing.
 
@@ -106,7 +133,7 @@ class KnowledgeBase:
         self.folder = folder
         self.read_only = read_only
         self._local = threading.local()
-        self._index: _Index | None = None
+        self._view: DenseView | None = None
         self._index_lock = threading.Lock()
         self._lock = filelock.FileLock(str(folder / "writer.lock"), timeout=0)
         self._writing = threading.Lock()
@@ -145,7 +172,7 @@ class KnowledgeBase:
                 for leftover in folder.glob(f"{DATABASE}.new*"):
                     leftover.unlink()
                 connection = sqlite3.connect(fresh)
-                connection.executescript(_SCHEMA)
+                connection.executescript(_SCHEMA + _CHANGE_LOG)
                 connection.executemany(
                     "INSERT INTO meta VALUES (?, ?)",
                     [("schema", SCHEMA_VERSION), ("generation", "0")],
@@ -216,10 +243,20 @@ class KnowledgeBase:
             ) from error
         try:
             owner.write_text(str(os.getpid()))
+            self._keep_change_log()
             yield
         finally:
             owner.unlink(missing_ok=True)
             self._lock.release()
+
+    def _keep_change_log(self) -> None:
+        """A base made before there was a change log gets one; its FAISS file is then made anew."""
+        if (self.folder / DATABASE).is_file() and not self._has_change_log():
+            self._connection.executescript(f"BEGIN IMMEDIATE; {_CHANGE_LOG} COMMIT;")
+
+    def _has_change_log(self) -> bool:
+        query = "SELECT 1 FROM sqlite_master WHERE name = 'chunk_embedded_again'"
+        return self._connection.execute(query).fetchone() is not None
 
     @contextmanager
     def snapshot(self) -> Iterator[sqlite3.Connection]:
@@ -315,25 +352,37 @@ class KnowledgeBase:
 
     def stored_chunks(self, rows: Sequence[int]) -> dict[int, StoredChunk]:
         """Chunks by row number, with their terms. Rows that are gone are left out."""
-        marks = ",".join("?" * len(rows))
-        found = self._connection.execute(
+        query = (
             f"SELECT {_CHUNK_COLUMNS}, terms.place, terms.body FROM chunks "
-            f"JOIN terms ON terms.rowid = chunks.id WHERE chunks.id IN ({marks})",
-            list(rows),
+            "JOIN terms ON terms.rowid = chunks.id WHERE chunks.id IN ({})"
         )
         return {
             row[0]: StoredChunk(row[0], _chunk(row), tuple(row[9].split(" ")) if row[9] else (),
                                 tuple(row[10].split(" ")) if row[10] else ())
-            for row in found
+            for row in self._select_rows(query, rows)
         }
 
     def vectors_of(self, rows: Sequence[int]) -> dict[int, Vectors]:
-        """float32 (dim,) by row number."""
-        marks = ",".join("?" * len(rows))
-        found = self._connection.execute(
-            f"SELECT id, vector FROM chunks WHERE id IN ({marks})", list(rows)
-        )
-        return {row[0]: np.frombuffer(row[1], dtype=np.float16).astype(np.float32) for row in found}
+        """float32 (dim,) by row number. Rows that are gone are left out."""
+        found = list(self._select_rows("SELECT id, vector FROM chunks WHERE id IN ({})", rows))
+        vectors = self._unpack([row[1] for row in found])
+        return {row[0]: vector for row, vector in zip(found, vectors, strict=True)}
+
+    def _select_rows(self, query: str, rows: Sequence[int]) -> Iterator[Any]:
+        """The query for rows by number, as many statements as it takes."""
+        for begin in range(0, len(rows), _AT_ONCE):
+            some = list(rows[begin : begin + _AT_ONCE])
+            yield from self._connection.execute(query.format(",".join("?" * len(some))), some)
+
+    def _unpack(self, packed: Sequence[bytes]) -> Vectors:
+        """float32 (n, dim) of stored vectors."""
+        flat = np.frombuffer(b"".join(packed), dtype=np.float16)
+        return flat.reshape(len(packed), self.dim).astype(np.float32)
+
+    @property
+    def dim(self) -> int:
+        """Dimensions of the vectors."""
+        return int(self.meta("dim") or 1)
 
     # the embedder it belongs to
 
@@ -366,6 +415,7 @@ class KnowledgeBase:
             connection.executemany(
                 "INSERT OR REPLACE INTO meta VALUES (?, ?)", _embedder_meta(embedder)
             )
+            connection.execute("DELETE FROM meta WHERE key = ?", (_FACTS,))  # of other dimensions
 
     # changing it
 
@@ -466,36 +516,43 @@ class KnowledgeBase:
             connection.executemany(
                 "INSERT OR REPLACE INTO meta VALUES (?, ?)", _embedder_meta(embedder)
             )
+            connection.execute("DELETE FROM meta WHERE key = ?", (_FACTS,))  # of other vectors
         return done
 
     # the FAISS file
 
     def publish(self) -> None:
-        """Write the FAISS file from SQLite and put it in place in one rename."""
+        """Bring the FAISS file in step with SQLite, and put it in place in one rename."""
+        facts = self.index_facts()
         with self.snapshot():
-            index = self._index_from_sqlite()
-        self._write_index(index)
-
-    def _write_index(self, index: _Index) -> None:
-        target = self.folder / INDEX
-        fresh = self.folder / f"{INDEX}.new"
+            changed = self._changed_rows(0)
+            if facts is not None and self.index_state() == "current":
+                return
+            built = None
+            if facts is not None and can_be_updated(facts, len(changed), self.count_chunks()):
+                built = self._updated(facts, changed)
+            if built is None:
+                built = build_index(self)
         try:
-            data = faiss.serialize_index(index.index).tobytes()
-            with open(fresh, "wb") as out:
-                out.write(data)
-                out.flush()
-                os.fsync(out.fileno())
-            fresh.replace(target)
+            facts = write_index(built, self.folder / INDEX)
         except OSError as error:
-            fresh.unlink(missing_ok=True)
-            raise KnowledgeBaseError(f"the index file {target} can't be written: {error}") from error
+            raise KnowledgeBaseError(
+                f"the index file {self.folder / INDEX} can't be written: {error}"
+            ) from error
         connection = self._connection
         connection.execute("BEGIN IMMEDIATE")
-        connection.executemany(
-            "INSERT OR REPLACE INTO meta VALUES (?, ?)",
-            [("index_generation", str(index.generation)), ("index_digest", _digest(data))],
-        )
+        connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (_FACTS, facts.dump()))
+        connection.execute("DELETE FROM vector_changes")
         connection.execute("COMMIT")
+
+    def _updated(self, facts: IndexFacts, changed: Sequence[int]) -> DenseIndex | None:
+        """The index in the file with the changes in it; None where the file isn't whole."""
+        target = self.folder / INDEX
+        if not target.is_file() or not is_whole(target, facts):
+            return None
+        old = read_index(target, facts, copy=True)
+        overlay = Overlay.empty(self.dim).with_changes(changed, self.vectors_of(changed))
+        return None if old is None else updated_index(old, overlay)
 
     def check(self) -> list[str]:
         """What is inconsistent in SQLite itself; an empty list where nothing is."""
@@ -518,67 +575,84 @@ class KnowledgeBase:
                 problems.append(f"{count} {what}")
         return problems
 
+    def index_facts(self) -> IndexFacts | None:
+        """What was recorded of the FAISS file; None where none was written."""
+        return IndexFacts.parse(self.meta(_FACTS))
+
     def index_state(self) -> str:
-        """"current", or what is wrong with the FAISS file: "missing", "outdated", "damaged"."""
+        """"current", or what is wrong with the FAISS file: "missing", "outdated", "damaged".
+
+        A large file is current while few vectors have changed since, which are searched beside it.
+        """
         target = self.folder / INDEX
+        facts = self.index_facts()
         if not target.is_file():
             return "missing"
-        if self.meta("index_generation") != str(self.generation):
+        if facts is None:
             return "outdated"
-        return "current" if _digest(target.read_bytes()) == self.meta("index_digest") else "damaged"
+        pending = self._connection.execute("SELECT count(*) FROM vector_changes").fetchone()[0]
+        if pending > (0 if facts.kind == "flat" else _PENDING_SHARE * facts.vectors):
+            return "outdated"
+        return "current" if is_whole(target, facts) else "damaged"
 
-    def _current_index(self) -> _Index:
+    def _current_view(self) -> DenseView:
         """The vectors of the snapshot's generation. Call inside `snapshot`."""
         generation = self.generation
-        index = self._index
-        if index is not None and index.generation == generation:
-            return index
+        view = self._view
+        if view is not None and view.generation == generation:
+            return view
         with self._index_lock:
-            if self._index is None or self._index.generation != generation:
-                self._index = self._read_index(generation) or self._index_from_sqlite()
-            return self._index
+            view = self._view
+            if view is None or view.generation != generation:
+                self._view = view = self._renewed(view, generation)
+            return view
 
-    def _read_index(self, generation: int) -> _Index | None:
-        """The FAISS file where it is whole and of this generation."""
-        target = self.folder / INDEX
-        if self.meta("index_generation") != str(generation) or not target.is_file():
-            return None
-        data = target.read_bytes()
-        if _digest(data) != self.meta("index_digest"):
-            return None
-        return _Index(generation, faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8)))
+    def _renewed(self, view: DenseView | None, generation: int) -> DenseView:
+        """The view of this generation, from an earlier one where the file is still the same."""
+        facts = self.index_facts()
+        is_older = view is not None and view.generation < generation
+        if view is None or not is_older or view.recorded != facts or view.overlay.dim != self.dim:
+            file = None if facts is None else read_index(self.folder / INDEX, facts)
+            changed = self.rows().tolist() if file is None else self._changed_rows(0)
+            overlay = Overlay.empty(self.dim)
+            view = DenseView(generation, facts, file, overlay)
+        elif not self._has_change_log():
+            changed, view = self.rows().tolist(), replace(view, overlay=Overlay.empty(self.dim))
+        else:
+            changed = self._changed_rows(view.generation)
+        overlay = view.overlay.with_changes(changed, self.vectors_of(changed))
+        return replace(view, generation=generation, overlay=overlay)
 
-    def _index_from_sqlite(self) -> _Index:
-        generation = self.generation
-        dim = int(self.meta("dim") or 1)
-        rows, vectors = self.all_vectors()
-        index = faiss.IndexIDMap2(faiss.IndexFlatIP(dim))
-        if len(rows):
-            index.add_with_ids(vectors, rows)
-        return _Index(generation, index)
+    def _changed_rows(self, generation: int) -> list[int]:
+        """Rows that changed after `generation`, as far as the FAISS file doesn't know."""
+        query = "SELECT row FROM vector_changes WHERE generation > ?"
+        return [row for (row,) in self._connection.execute(query, (generation,))]
 
-    def all_vectors(self) -> tuple[npt.NDArray[np.int64], Vectors]:
+    def rows(self) -> Rows:
+        """The number of every chunk, ascending."""
+        found = self._connection.execute("SELECT id FROM chunks ORDER BY id").fetchall()
+        return np.array(found, dtype=np.int64).reshape(-1)
+
+    def batches(self) -> Iterator[tuple[Rows, Vectors]]:
+        """All row numbers and vectors, in parts."""
+        found = self._connection.execute("SELECT id, vector FROM chunks ORDER BY id")
+        while some := found.fetchmany(_READ_AT_ONCE):
+            yield np.array([row[0] for row in some], np.int64), self._unpack([row[1] for row in some])
+
+    def all_vectors(self) -> tuple[Rows, Vectors]:
         """Row numbers, ascending, and their vectors, float32 (n, dim)."""
-        found = self._connection.execute("SELECT id, vector FROM chunks ORDER BY id").fetchall()
-        rows = np.array([row[0] for row in found], dtype=np.int64)
-        packed = np.frombuffer(b"".join(row[1] for row in found), dtype=np.float16)
-        dim = int(self.meta("dim") or 1)
-        return rows, packed.reshape(len(rows), dim).astype(np.float32)
+        rows, vectors = [np.zeros(0, np.int64)], [np.zeros((0, self.dim), np.float32)]
+        for some_rows, some_vectors in self.batches():
+            rows.append(some_rows)
+            vectors.append(some_vectors)
+        return np.concatenate(rows), np.concatenate(vectors)
 
     # searching
 
-    def search_dense(self, vectors: Vectors, k: int) -> list[list[tuple[int, float]]]:
+    def search_dense(self, vectors: Vectors, k: int) -> Found:
         """For each question vector (n, dim) up to k (row, cosine), best first."""
         with self.snapshot():
-            index = self._current_index().index
-        if index.ntotal == 0:
-            return [[] for _ in vectors]
-        with _one_thread(len(vectors)):
-            scores, rows = index.search(np.ascontiguousarray(vectors), min(k, index.ntotal))
-        return [
-            [(int(row), float(score)) for row, score in zip(found, cosines, strict=True) if row >= 0]
-            for found, cosines in zip(rows, scores, strict=True)
-        ]
+            return self._current_view().search(vectors, k, self.vectors_of)
 
     def search_terms(
         self, terms: Sequence[str], k: int, *, place_weight: float = 1.0
@@ -606,8 +680,11 @@ class KnowledgeBase:
 
     def average_terms(self) -> float:
         """Mean number of terms a chunk."""
-        row = self._connection.execute("SELECT count(*), sum(cnt) FROM term_counts").fetchone()
-        return float(row[1] or 0) / max(1, self.count_chunks())
+        # FTS5 keeps the totals itself, in the first record of its own table: the number of rows and of
+        # the terms in each column. Adding up the vocabulary takes seconds where there are many chunks.
+        (record,) = self._connection.execute("SELECT block FROM terms_data WHERE id = 1").fetchone()
+        chunks, *terms = _varints(record) or (0,)
+        return sum(terms) / max(1, chunks)
 
 
 _CHUNK_COLUMNS = (
@@ -620,24 +697,6 @@ def _chunk(row: Sequence[Any]) -> Chunk:
         path=row[1], text=row[2], start=row[3], end=row[4], page=row[5], last_page=row[6],
         headings=tuple(json.loads(row[7])), title=row[8],
     )
-
-
-@contextmanager
-def _one_thread(questions: int) -> Iterator[None]:
-    """Search for a few questions on one thread.
-
-    Below 20 rows FAISS uses no matrix product; waking its threads then costs ten times the search
-    itself (18 ms against 1.6 at 38,000 vectors of 256 on 2 cores).
-    """
-    if questions >= 20:
-        yield
-        return
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(threads)
 
 
 def _file_record(row: Sequence[Any]) -> FileRecord:
@@ -688,6 +747,17 @@ def _embedder_meta(embedder: Embedder) -> list[tuple[str, str]]:
     ]
 
 
+def _varints(data: bytes) -> list[int]:
+    """SQLite's numbers of variable length: seven bits a byte, the highest bit says that more follow."""
+    numbers, number = [], 0
+    for byte in data:
+        number = number << 7 | byte & 0x7F
+        if byte < 0x80:
+            numbers.append(number)
+            number = 0
+    return numbers
+
+
 def _dump(value: Any) -> str:
     return json.dumps(value, ensure_ascii=True)
 
@@ -702,7 +772,3 @@ def _path_words(path: str) -> str:
     """A file's own name as words: `zh/02-词嵌入.md` -> `02 词嵌入`."""
     name = path.rsplit("/", 1)[-1]
     return name.rsplit(".", 1)[0].replace("-", " ").replace("_", " ")
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
