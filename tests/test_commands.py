@@ -139,6 +139,15 @@ def test_eval_saves_a_run_compares_two_and_writes_a_report(base, model, tmp_path
     assert "nothing to measure" in run("rag", "eval", code=1).stderr
 
 
+def test_questions_are_made_of_the_documents_and_eval_reads_them(base, model, tmp_path):
+    run("rag", "questions", tmp_path / "q.jsonl", "--kb", base, "--unanswerable", 0)
+    rows = read_lines(tmp_path / "q.jsonl")
+    assert {row["question"] for row in rows} >= {"What is the monthly rent?", "甲方应于每月几日前支付工资？"}
+    assert next(row for row in rows if row["path"] == "sub/合同.md")["answer"] == "五日"
+    done = run("rag", "eval", tmp_path / "q.jsonl", "--kb", base, "--json", "--generator", model, "--max-new-tokens", 2)
+    assert json.loads(done.stdout.splitlines()[-1])["hit@1"] == 1.0
+
+
 def test_doctor_repairs_the_index_file(base, model):
     (base / "vectors.faiss").write_bytes(b"broken")
     done = run("rag", "doctor", "--kb", base, "--generator", model)
