@@ -185,3 +185,12 @@ def test_inconsistent_tables_are_found(base):
     assert KnowledgeBase.open(base.folder).check() == [
         "1 search terms without their chunk", "1 files whose number of chunks is wrong"
     ]
+
+
+def test_a_search_that_would_read_too_much_leaves_the_commonest_terms_out(base, monkeypatch):
+    """"are" stands in all three chunks, "red" in one."""
+    assert sorted(row for row, _ in base.search_terms(["are", "red"], 5)) == [1, 2, 3]
+    monkeypatch.setattr("rag.knowledge._MOST_POSTINGS", 3)
+    assert [row for row, _ in base.search_terms(["are", "red"], 5)] == [1]
+    monkeypatch.setattr("rag.knowledge._MOST_POSTINGS", 1)
+    assert sorted(row for row, _ in base.search_terms(["are"], 5)) == [1, 2, 3]
