@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ Vectors = npt.NDArray[np.float32]
 BUNDLED = Path(__file__).parent / "bundled" / "embedder"
 _BATCH = 64  # texts a forward in sentence-transformers
 _STATIC_BATCH = 1_024  # texts a look-up in a static table
-_MAX_PIECES = 100_000  # whose tokens are remembered: some 40 MB
+_MAX_PIECES = 150_000  # whose tokens are remembered: some 50 MB
 _WORD_LENGTH = 16  # of a piece that will come back; a Chinese sentence is longer and seldom does
 # What text falls into before it is cut into tokens: words of ASCII, unless an accent follows that
 # belongs to their last letter, and Chinese sentences.
@@ -33,7 +34,7 @@ _PIECE = re.compile(
     r"[A-Za-z]++(?![^\x00-\x7f])|[0-9]++(?![^\x00-\x7f])|[!-/:-@\[-`{-~](?![^\x00-\x7f])"
     r"|[^\s。！？；]+|[。！？；]"
 )
-_SEPARATOR_CODES = r"[\x1c-\x1f]"  # white space to Python and not to the tokenizer
+_SEPARATOR_CODES = "\x1c\x1d\x1e\x1f"  # white space to Python and not to the tokenizer
 
 
 class Embedder(Protocol):
@@ -148,7 +149,7 @@ class StaticEmbedder:
         self._tokenizer.no_truncation()
         self._tokens_of: dict[str, tuple[int, ...]] | None = {} if _is_local(tokenizer_file) else None
         special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
-        self._is_odd = re.compile("|".join([_SEPARATOR_CODES, *map(re.escape, special)])).search
+        self._odd = (*_SEPARATOR_CODES, *special)
         self._table: Vectors = np.ascontiguousarray(table, dtype=np.float32)  # (V, dim)
         self.name = name
         self.dim = int(self._table.shape[1])
@@ -180,24 +181,29 @@ class StaticEmbedder:
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """For each text the rows of the table that its vector is the mean of."""
-        if self._tokens_of is None or any(map(self._is_odd, texts)):
+        pieces = self._cut(texts)
+        if pieces is None:
             return self._encode(texts)
-        pieces = [_PIECE.findall(text) for text in texts]
-        known = self._know(pieces)
-        return [[token for piece in text for token in known[piece]] for text in pieces]
-
-    def token_spans(
-        self, texts: Sequence[str]
-    ) -> list[tuple[list[int], npt.NDArray[np.int64]]]:
-        """`token_ids` of each text with the tokens' [start, end) characters, int64 (tokens, 2)."""
-        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [(item.ids, np.array(item.offsets, dtype=np.int64).reshape(-1, 2)) for item in encoded]
+        tokens_of = self._know(pieces).__getitem__
+        return [list(chain.from_iterable(map(tokens_of, text))) for text in pieces]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         counts: list[int] = []
         for begin in range(0, len(texts), _STATIC_BATCH):
-            counts += map(len, self.token_ids(texts[begin : begin + _STATIC_BATCH]))
+            batch = texts[begin : begin + _STATIC_BATCH]
+            pieces = self._cut(batch)
+            if pieces is None:
+                counts += map(len, self._encode(batch))
+            else:
+                tokens_of = self._know(pieces).__getitem__
+                counts += [sum(map(len, map(tokens_of, text))) for text in pieces]
         return counts
+
+    def _cut(self, texts: Sequence[str]) -> list[list[str]] | None:
+        """The pieces of each text; None where the tokens of a text are not those of its pieces."""
+        if self._tokens_of is None or any(odd in text for odd in self._odd for text in texts):
+            return None
+        return list(map(_PIECE.findall, texts))
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -214,7 +220,7 @@ class StaticEmbedder:
             # Another one: a thread that is reading the old one keeps it.
             words = {piece: ids for piece, ids in (known or {}).items() if len(piece) <= _WORD_LENGTH}
             known = self._tokens_of = words if len(words) <= _MAX_PIECES // 2 else {}
-        new = list({piece for text in texts for piece in text if piece not in known})
+        new = list(set().union(*texts).difference(known))
         for begin in range(0, len(new), 4 * _STATIC_BATCH):
             batch = new[begin : begin + 4 * _STATIC_BATCH]
             known.update(zip(batch, map(tuple, self._encode(batch)), strict=True))
@@ -227,7 +233,7 @@ class TransformerEmbedder:
     def __init__(self, name: str, *, device: str = "auto") -> None:
         from sentence_transformers import SentenceTransformer
 
-        chosen = None if device == "auto" else device
+        chosen = None if device in ("auto", "auto-map") else device
         try:
             model: Any = _load_sentence_transformer(SentenceTransformer, name, chosen)
         except Exception as error:  # the library raises OSError, ValueError, hub errors, ...

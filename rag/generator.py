@@ -471,11 +471,15 @@ def load_generator(settings: Settings) -> Generator:
 
     from rag.engine import create_engine
     from rag.engine.placement import (
+        WEIGHT_BITS,
+        check_map,
         choose_device,
         choose_dtype,
         count_weights,
         free_bytes,
         kv_bytes_per_token,
+        mapped_devices,
+        memory_shares,
         plan_memory,
         weight_bytes,
     )
@@ -485,7 +489,7 @@ def load_generator(settings: Settings) -> Generator:
     check_folder(folder, name)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
-    int8 = settings.dtype == "int8"
+    bits = WEIGHT_BITS.get(settings.dtype)
     int8_kv = settings.kv_dtype == "int8"
     config = _load_config(folder, name)
     text_config = config.get_text_config(decoder=True)
@@ -493,15 +497,17 @@ def load_generator(settings: Settings) -> Generator:
     wanted = settings.max_prompt_tokens + settings.max_new_tokens
     needed = min(limit, wanted) if limit else wanted
     num_weights = count_weights(_weight_files(folder))
+    devices = mapped_devices(settings.device, device)
+    free = [free_bytes(one) for one in devices]
     plan = plan_memory(
         name=name,
-        weight_bytes=weight_bytes(num_weights, text_config, dtype, int8=int8),
+        weight_bytes=weight_bytes(num_weights, text_config, dtype, bits=bits),
         loading_bytes=num_weights * dtype.itemsize,
-        dtype="int8" if int8 else str(dtype).removeprefix("torch."),
+        dtype=settings.dtype if bits else str(dtype).removeprefix("torch."),
         bytes_per_token=kv_bytes_per_token(text_config, dtype, int8=int8_kv),
         needed_tokens=needed,
-        device=device,
-        free=free_bytes(device),
+        device=device if len(devices) == 1 else f"{len(devices)} GPUs",
+        free=sum(free),
     )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -509,7 +515,12 @@ def load_generator(settings: Settings) -> Generator:
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise GeneratorError(f"the tokenizer of {name} can't be loaded: {error}") from error
-    model = _load_model(folder, name, dtype).to(device)
+    if len(devices) == 1:
+        model = _load_model(folder, name, dtype).to(device)
+    else:
+        shares = memory_shares(free, plan.kv_tokens * plan.kv_bytes_per_token)
+        model = _load_model(folder, name, dtype, device_map="auto", max_memory=shares)
+        check_map(model.hf_device_map, name)
     is_reader = _reader_layout(folder)
     stop_ids = _stop_ids(model, tokenizer, is_reader=is_reader)
     context_length = min(limit, plan.kv_tokens) if limit else plan.kv_tokens
@@ -518,7 +529,7 @@ def load_generator(settings: Settings) -> Generator:
         context_length=context_length,
         kv_tokens=plan.kv_tokens,
         release=True,
-        int8=int8,
+        bits=bits,
         int8_kv=int8_kv,
     )
     return Generator(
@@ -639,7 +650,14 @@ def _load_config(folder: Path, name: str) -> Any:
         raise GeneratorError(f"the config of {name} can't be read: {error}") from error
 
 
-def _load_model(folder: Path, name: str, dtype: Any) -> Any:
+def _load_model(
+    folder: Path,
+    name: str,
+    dtype: Any,
+    *,
+    device_map: str | dict[str, str] | None = None,
+    max_memory: dict[int, int] | None = None,
+) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -650,6 +668,8 @@ def _load_model(folder: Path, name: str, dtype: Any) -> Any:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
+            device_map=device_map,
+            max_memory=max_memory,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,

@@ -23,8 +23,8 @@ class Settings:
     kb: str = ".kb"  # folder of the knowledge base
     embedder: str = "bundled"  # "bundled", a folder, or a Hugging Face name
     generator: str = "bundled"  # "bundled", a folder, or a Hugging Face name
-    device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", "mps"
-    dtype: str = "auto"  # "auto", "float32", "bfloat16", "float16", "int8"
+    device: str = "auto"  # "auto", "auto-map" (over all GPUs), "cpu", "cuda", "cuda:1", "mps"
+    dtype: str = "auto"  # "auto", "float32", "bfloat16", "float16", "int8", "int4"
     kv_dtype: str = "auto"  # of the KV cache: "auto" (the compute dtype), "int8"
     top_k: int = 4  # passages given to the generator
     chunk_tokens: int = 320  # largest chunk, in the embedder's tokens
@@ -59,16 +59,18 @@ class Settings:
         self._check_range("sampling_top_k", 0, 1_000_000)
         self._check_range("repetition_penalty", 0.1, 10.0)
         self._check_range("seed", 0, 2**63 - 1)
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16", "int8"):
+        dtypes = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
+        if self.dtype not in dtypes:
             raise SettingsError(
-                f"setting dtype is {self.dtype!r}; it is one of auto, float32, bfloat16, float16, int8."
+                f"setting dtype is {self.dtype!r}; it is one of {', '.join(dtypes)}."
             )
         if self.kv_dtype not in ("auto", "int8"):
             raise SettingsError(f"setting kv_dtype is {self.kv_dtype!r}; it is one of auto, int8.")
         head = self.device.split(":")[0]
-        if head not in ("auto", "cpu", "cuda", "mps"):
+        if head not in ("auto", "auto-map", "cpu", "cuda", "mps"):
             raise SettingsError(
-                f"setting device is {self.device!r}; it is one of auto, cpu, cuda, cuda:N, mps."
+                f"setting device is {self.device!r}; it is one of auto, auto-map, cpu, cuda, "
+                "cuda:N, mps."
             )
 
     def _check_range(self, name: str, low: float, high: float) -> None:

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from rag.engine.attention import LONGEST_TAIL, Chunk, Part, plan_attention
 from rag.engine.kvcache import KVPool
-from rag.engine.linear import Linear, PackedLinear, make_linear, packs
+from rag.engine.linear import Int4Linear, Linear, PackedLinear, make_linear, packs
 from rag.engine.model import DecoderModel, why_unsupported
+from rag.engine.placement import weight_bytes
 from tests.tiny_models import make_random_model
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -223,13 +224,66 @@ def test_products_in_8_bits_are_off_by_less_than_their_steps(rows: int, dtype: t
     )
     x = x.to(dtype)
     exact = x.double() @ weight.double().T + bias.double()
-    found = make_linear(weight, bias, int8=True)(x)
+    found = make_linear(weight, bias, bits=8)(x)
     assert found.dtype == dtype
     # Each weight is off by at most half a step of its row's largest / 127 (1 % for the scale).
     step = weight.double().abs().amax(1) * 1.011 / 127
     bound = x.double().abs().sum(1, keepdim=True) * step / 2
     rounding = 0.0 if dtype == torch.float32 else 0.02 * exact.abs() + 0.05
     assert ((found.double() - exact).abs() <= bound + rounding + 1e-4).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_in_4_bits_are_off_by_less_than_half_a_sixteenth_of_their_group(
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(100, 96).to(dtype)
+    weight[5, :32] = 0.25  # a group of one value
+    weight[6, 40] = 9.0
+    linear = Int4Linear(weight)
+    found = linear.turned_back().double()[:, :100].T
+    grouped, error = weight.double().view(100, 3, 32), (found - weight.double()).view(100, 3, 32)
+    step = (grouped.amax(-1) - grouped.amin(-1)) / 15
+    # Half a step at most with 16 values over the whole range; the spread that is chosen is no
+    # worse in the sum of squares. bfloat16 rounds what comes out once more.
+    rounding = 0.0 if dtype == torch.float32 else 0.005 * grouped.abs().amax(-1)
+    assert (error.square().mean(-1).sqrt() <= step / 2 + rounding + 1e-6).all()
+    assert error.square().mean() < 0.9 * (step.square() / 12).mean()  # and better on the whole
+    assert error[5, 0].abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("rows", [1, 4, 32, 33, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_in_4_bits_are_those_of_the_weights_turned_back(
+    rows: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(100, 96), torch.randn(100), torch.randn(rows, 96)
+    x = x.to(dtype)
+    linear = Int4Linear(weight.to(dtype), bias.to(dtype))
+    found = linear(x)
+    assert found.dtype == dtype and found.shape == (rows, 100)
+    exact = x.double() @ linear.turned_back().double()[:, :100] + bias.to(dtype).double()
+    rounding = 1e-4 if dtype == torch.float32 else 0.02 * exact.abs() + 0.08
+    assert ((found.double() - exact).abs() <= rounding).all()
+
+
+def test_the_estimate_counts_the_bytes_that_4_and_8_bits_take() -> None:
+    model = make_random_model("qwen3", vocab_size=4096, tie_word_embeddings=True).bfloat16()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    for bits in (8, 4):
+        ours = DecoderModel(model, bits=bits)
+        tensors = [ours._embedding, ours._norm]
+        products = [ours._head]
+        for layer in ours._layers:
+            tensors += [layer.input_norm, layer.post_norm]
+            products += [layer.qkv, layer.output, layer.gate_up, layer.down]
+        for product in products:
+            tensors += [value for value in vars(product).values() if torch.is_tensor(value)]
+        taken = sum(tensor.nbytes for tensor in tensors)
+        estimate = weight_bytes(count, model.config, torch.bfloat16, bits=bits)
+        assert abs(taken - estimate) < 0.03 * taken, bits
 
 
 def test_bfloat16_greedy_differs_only_where_two_tokens_are_as_good_as_equal() -> None:

@@ -317,19 +317,28 @@ def test_a_model_that_does_not_fit_is_refused_before_loading(
         load_generator(settings(long, max_prompt_tokens=390_000))
 
 
-def test_weights_in_8_bits_stay_close_and_take_half_the_memory(folder: Path) -> None:
+def test_weights_in_fewer_bits_are_a_setting_and_counted_before_loading(folder: Path) -> None:
     config = AutoConfig.from_pretrained(folder)
     count = count_weights([folder / "model.safetensors"])
     embedding = 408 * 64
     # 8 bits for all weights but the embedding, which is kept in 16 and once more as the output.
-    assert weight_bytes(count, config, torch.bfloat16, int8=True) == count + 2 * embedding
+    assert weight_bytes(count, config, torch.bfloat16, bits=8) == count + 2 * embedding
+    # 4 bits, and two 16-bit numbers for every 32: 20 bytes. The output matrix stays in 8 bits.
+    layers = count - embedding
+    assert weight_bytes(count, config, torch.bfloat16, bits=4) == layers * 20 // 32 + 3 * embedding
     eight = load_generator(settings(folder, dtype="int8"))
     assert eight.dtype == "int8" and "8-bit weights" in eight.describe()
-    result = eight.generate(QUESTION, max_new_tokens=5)
-    assert result.new_tokens == 5 or result.finish_reason == "stop"
+    four = load_generator(settings(folder, dtype="int4"))
+    assert four.dtype == "int4" and "4-bit weights" in four.describe()
+    for fewer in (eight, four):
+        result = fewer.generate(QUESTION, max_new_tokens=5)
+        assert result.new_tokens == 5 or result.finish_reason == "stop"
     gpt2 = make_model(folder.parent / "gpt2", "gpt2", n_embd=32, n_layer=2, n_head=2)
     with pytest.raises(GeneratorError, match="GPT2LMHeadModel is not of the Llama family"):
         load_generator(settings(gpt2, dtype="int8"))
+    narrow = make_model(folder.parent / "narrow", "llama", hidden_size=48, intermediate_size=96)
+    with pytest.raises(GeneratorError, match="groups of 32, and a matrix of this model has 48"):
+        load_generator(settings(narrow, dtype="int4"))
 
 
 def test_what_cannot_be_loaded_is_named_with_what_to_do(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from rag.engine.interface import Engine, Event, FinishEvent, Request, Sampling, 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from rag.engine.linear import Bits
+
 __all__ = [
     "Engine",
     "Event",
@@ -26,7 +28,7 @@ def create_engine(
     context_length: int | None = None,
     kv_tokens: int | None = None,
     release: bool = False,
-    int8: bool = False,
+    bits: Bits | None = None,
     int8_kv: bool = False,
 ) -> Engine:
     """The engine that runs `model` best, with a KV cache of `kv_tokens` tokens on its device.
@@ -34,8 +36,8 @@ def create_engine(
     `context_length` is the most prompt + new tokens of one request (default: the model's own
     limit); `kv_tokens` bounds what is cached over all requests (default: four contexts). With
     `release` the model may give up its weights to the engine and can't be used afterwards.
-    `int8` stores the weights in 8 bits, `int8_kv` keys and values. Raises GeneratorError where the
-    model can't have that.
+    `bits` stores the weights in 8 or 4 bits, `int8_kv` keys and values in 8. Raises GeneratorError
+    where the model can't have that.
     """
     # Here, because importing rag must load neither torch nor transformers.
     from rag.engine.model import DecoderModel, why_unsupported
@@ -52,13 +54,13 @@ def create_engine(
     reason = why_unsupported(model)
     pooled: DecoderModel | TransformersModel
     if reason is None:
-        pooled = DecoderModel(model, release=release, int8=int8)
+        pooled = DecoderModel(model, release=release, bits=bits)
         return PooledEngine(
             pooled, context_length=context_length, kv_tokens=kv_tokens, int8_kv=int8_kv
         )
-    if int8:
+    if bits:
         raise GeneratorError(
-            f"8-bit weights need the engine's own forward, and {reason}. Choose another dtype."
+            f"{bits}-bit weights need the engine's own forward, and {reason}. Choose another dtype."
         )
     try:
         pooled = TransformersModel(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from rag.engine.kvcache import Extent, KVPool
@@ -29,7 +31,7 @@ class Int8KVPool(KVPool):
         head_dim: int,
         capacity: int,
         dtype: torch.dtype,
-        device: torch.device,
+        device: torch.device | Sequence[torch.device],
     ) -> None:
         super().__init__(
             num_layers=num_layers,
@@ -42,11 +44,9 @@ class Int8KVPool(KVPool):
         )
         self._dtype = dtype
         shape = (num_kv_heads, capacity, 1)
-        scales = [
-            torch.empty(shape, dtype=scale_dtype(dtype), device=device)
-            for _ in range(2 * num_layers)
-        ]
-        self._key_scales, self._value_scales = scales[:num_layers], scales[num_layers:]
+        kept = scale_dtype(dtype)
+        self._key_scales = [torch.empty(shape, dtype=kept, device=of) for of in self.devices]
+        self._value_scales = [torch.empty(shape, dtype=kept, device=of) for of in self.devices]
 
     @property
     def bytes(self) -> int:

@@ -360,19 +360,23 @@ class KVPool:
         head_dim: int,
         capacity: int,
         dtype: torch.dtype,
-        device: torch.device,
+        device: torch.device | Sequence[torch.device],
         stored: torch.dtype | None = None,
     ) -> None:
-        """`stored` is what they are kept in where that is not the `dtype` they are read in."""
+        """`device` may be one for each layer. `stored` is what they are kept in where that is not
+        the `dtype` they are read in."""
         self.capacity = capacity
         # oneDNN, which multiplies 16-bit numbers on a CPU, builds a kernel for every new shape, in
         # more time than many a product takes. Lengths are then rounded up to a multiple of this.
-        self.padding = 64 if device.type == "cpu" and dtype.itemsize == 2 else 1
-        self._scratch = torch.empty(0, dtype=dtype, device=device)
+        devices = [device] * num_layers if isinstance(device, torch.device) else list(device)
+        assert len(devices) == num_layers, "a device for each layer"
+        self.devices: list[torch.device] = devices
+        self.padding = 64 if devices[0].type == "cpu" and dtype.itemsize == 2 else 1
+        self._scratch = {of: torch.empty(0, dtype=dtype, device=of) for of in set(devices)}
         shape = (num_kv_heads, capacity, head_dim)
         kept = stored or dtype
-        self._keys = [torch.empty(shape, dtype=kept, device=device) for _ in range(num_layers)]
-        self._values = [torch.empty(shape, dtype=kept, device=device) for _ in range(num_layers)]
+        self._keys = [torch.empty(shape, dtype=kept, device=of) for of in devices]
+        self._values = [torch.empty(shape, dtype=kept, device=of) for of in devices]
 
     @property
     def bytes(self) -> int:
@@ -410,9 +414,10 @@ class KVPool:
         kv_heads, length, dim = part.shape
         padded = -(-length // self.padding) * self.padding
         size = kv_heads * padded * dim
-        if self._scratch.numel() < size:
-            self._scratch = self._scratch.new_empty(size)
-        return self._scratch[:size].view(kv_heads, padded, dim)
+        scratch = self._scratch[part.device]
+        if scratch.numel() < size:
+            scratch = self._scratch[part.device] = scratch.new_empty(size)
+        return scratch[:size].view(kv_heads, padded, dim)
 
     def gather_keys(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
         """(kv heads, n, head dim), a copy of the listed slots."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Literal
 
 import torch
+
+from rag.errors import GeneratorError
 
 
 class Linear:
@@ -45,10 +48,14 @@ class Int8Linear:
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        largest = weight.float().abs().amax(1, keepdim=True).clamp_min(1e-12)
+        largest = weight.abs().amax(1, keepdim=True).float().clamp_min(1e-12)
         # Rounded up, or the largest weight would fall outside of the 127 steps.
         scale = (largest * (1.01 / 127)).to(weight.dtype)
-        self._weight = (weight.float() / scale.float()).round().clamp(-127, 127).to(torch.int8)
+        self._weight = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        for begin in range(0, len(weight), _ROWS_AT_ONCE):  # no second copy in float32
+            rows = slice(begin, begin + _ROWS_AT_ONCE)
+            steps = weight[rows].float() / scale[rows].float()
+            self._weight[rows] = steps.round_().clamp_(-127, 127)
         self._scale = scale[:, 0]
         self._bias = bias
         fits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
@@ -62,6 +69,7 @@ class Int8Linear:
         return result if self._bias is None else result + self._bias
 
 
+_ROWS_AT_ONCE = 4096  # of a matrix that is being rounded
 _INT8_ROWS = 4  # above, turning the weights back costs less than the packed product's arithmetic
 
 
@@ -80,6 +88,122 @@ def has_int8_product() -> bool:
     return torch.allclose(found.float(), expected, rtol=0.02, atol=0.05)
 
 
+class Int4Linear:
+    """The same with weights in 4 bits: a step and a lowest value for every INT4_GROUP weights of an
+    output, 5 bits a weight in all where these two are 16-bit numbers.
+
+    Stored as PyTorch's CPU product reads it with AVX512: (outputs / 64, inputs, 32), two outputs
+    that are 32 apart in a byte. Few rows go through that product where it is there and reads it so
+    (bfloat16); more, and all on other devices, are multiplied with the weights turned back, one
+    matrix at a time.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self._outputs, inputs = weight.shape
+        if inputs % INT4_GROUP:
+            raise GeneratorError(
+                f"4-bit weights come in groups of {INT4_GROUP}, and a matrix of this model has "
+                f"{inputs} inputs. Choose dtype int8 or bfloat16."
+            )
+        blocks = -(-self._outputs // 64)
+        self._packed = weight.new_empty((blocks, inputs, 32), dtype=torch.uint8)
+        # (groups, outputs, 2): step, and what the eighth of the 16 values stands for.
+        self._steps = weight.new_zeros((inputs // INT4_GROUP, blocks * 64, 2))
+        for block in range(0, blocks, _ROWS_AT_ONCE // 64):
+            rows = slice(block * 64, block * 64 + _ROWS_AT_ONCE)
+            self._round(weight[rows], block)
+        self._bias = bias
+        fits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        self._has_product = fits and has_int4_product()
+
+    def _round(self, weight: torch.Tensor, block: int) -> None:
+        """Store some rows, which begin at outputs `block` * 64."""
+        grouped = weight.float().view(len(weight), -1, INT4_GROUP)
+        levels, step, middle = _in_16_levels(grouped, weight.dtype)
+        at = slice(block * 64, block * 64 + len(weight))
+        self._steps[:, at] = torch.stack((step, middle), -1).transpose(0, 1)
+        flat = torch.nn.functional.pad(levels.flatten(1), (0, 0, 0, -len(weight) % 64))
+        halves = flat.view(-1, 2, 32, flat.shape[1]).permute(0, 1, 3, 2)  # (blocks, 2, inputs, 32)
+        packed = halves[:, 0] | (halves[:, 1] << 4)
+        self._packed[block : block + len(packed)] = packed
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._has_product and x.shape[0] <= _INT4_ROWS:
+            flat = self._packed.view(self._packed.shape[0] * 64, -1)
+            result = torch.ops.aten._weight_int4pack_mm_for_cpu(
+                x.contiguous(), flat, INT4_GROUP, self._steps
+            )
+        else:
+            result = x @ self.turned_back()
+        wanted: torch.Tensor = result[:, : self._outputs]
+        return wanted if self._bias is None else wanted + self._bias
+
+    def turned_back(self) -> torch.Tensor:
+        """(inputs, outputs rounded up to 64)."""
+        blocks, inputs, _ = self._packed.shape
+        dtype = self._steps.dtype
+        levels = torch.empty(inputs, blocks, 2, 32, dtype=dtype, device=self._packed.device)
+        packed = self._packed.transpose(0, 1)
+        levels[:, :, 0].copy_((packed & 15).view(torch.int8).sub_(8))
+        levels[:, :, 1].copy_((packed >> 4).view(torch.int8).sub_(8))
+        step, middle = self._steps.unbind(-1)
+        grouped = levels.view(-1, INT4_GROUP, blocks * 64)
+        weight = torch.addcmul(middle.contiguous()[:, None], grouped, step.contiguous()[:, None])
+        return weight.view(inputs, blocks * 64)
+
+
+INT4_GROUP = 32
+_INT4_ROWS = 32  # above, turning the weights back costs less than the packed product's arithmetic
+# Shares of a group's range that the 16 values are spread over: its ends are rare.
+_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)
+
+
+def _in_16_levels(
+    grouped: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Groups (outputs, groups, weights of a group), float32 -> levels 0 to 15 (uint8) with step and
+    middle (outputs, groups), so that a weight is about (level - 8) * step + middle.
+
+    Of several spreads each group takes the one with the smallest squared error. Step and middle
+    are rounded to `dtype` before the levels are chosen, so that this adds no error of its own.
+    """
+    low, high = grouped.aminmax(dim=-1, keepdim=True)
+    best: tuple[torch.Tensor, ...] | None = None
+    for share in _SHARES:
+        step = ((high - low) * (share / 15)).clamp_min(1e-8).to(dtype).float()
+        middle = ((high + low) / 2 + step / 2).to(dtype).float()
+        levels = ((grouped - middle) / step).round_().clamp_(-8, 7)
+        error = (levels * step + middle - grouped).square_().sum(-1, keepdim=True)
+        found = (error, levels, step, middle)
+        if best is None:
+            best = found
+        else:
+            better = error < best[0]
+            best = tuple(torch.where(better, new, old) for new, old in zip(found, best))
+    assert best is not None
+    _, levels, step, middle = best
+    return (levels + 8).to(torch.uint8), step[..., 0].to(dtype), middle[..., 0].to(dtype)
+
+
+@cache
+def has_int4_product() -> bool:
+    """Whether this PyTorch's private 4-bit product is there, reads the layout that is written here
+    (others with AVX2 or without either), and is right."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 64, generator=generator).bfloat16()
+    linear = Int4Linear.__new__(Int4Linear)
+    linear._packed = torch.randint(0, 256, (2, 64, 32), generator=generator).to(torch.uint8)
+    linear._steps = torch.rand(64 // INT4_GROUP, 128, 2, generator=generator).bfloat16()
+    try:
+        found = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x, linear._packed.view(128, -1), INT4_GROUP, linear._steps
+        )
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+        return False
+    expected = x.float() @ linear.turned_back().float()
+    return torch.allclose(found.float(), expected, rtol=0.02, atol=0.5)
+
+
 @cache
 def packs() -> bool:
     """Whether this PyTorch has oneDNN's prepacked products and they give what F.linear gives."""
@@ -96,15 +220,17 @@ def packs() -> bool:
     return torch.allclose(packed.float(), expected.float(), rtol=0.02, atol=0.05)
 
 
-Product = Linear | PackedLinear | Int8Linear
+Product = Linear | PackedLinear | Int8Linear | Int4Linear
+Bits = Literal[8, 4]
 
 
 def make_linear(
-    weight: torch.Tensor, bias: torch.Tensor | None = None, *, int8: bool = False
+    weight: torch.Tensor, bias: torch.Tensor | None = None, *, bits: Bits | None = None
 ) -> Product:
-    """The fastest product for this device and dtype. Takes weight (out, in)."""
-    if int8:
-        return Int8Linear(weight, bias)
+    """The fastest product for this device and dtype. Takes weight (out, in); `bits` stores it in
+    fewer than it has."""
+    if bits is not None:
+        return (Int8Linear if bits == 8 else Int4Linear)(weight, bias)
     if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and packs():
         return PackedLinear(weight.contiguous(), bias)
     return Linear(weight.contiguous(), bias)

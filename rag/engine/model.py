@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from rag.engine.attention import SHORT_CHUNK, Chunk, attend, plan_attention
 from rag.engine.int8_pool import Int8KVPool
 from rag.engine.kvcache import Extent, KVPool
-from rag.engine.linear import Int8Linear, PackedLinear, Product, make_linear
+from rag.engine.linear import Bits, Int4Linear, Int8Linear, PackedLinear, Product, make_linear
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -64,17 +64,17 @@ class Layer:
 class DecoderModel:
     """Weights taken over from a transformers model, in its dtype, on its device."""
 
-    def __init__(self, model: Any, *, release: bool = False, int8: bool = False) -> None:
+    def __init__(self, model: Any, *, release: bool = False, bits: Bits | None = None) -> None:
         """With `release` the transformers model gives up its weights layer by layer, so that they
-        are never in memory twice; it can't be used afterwards. `int8` stores all but the
-        embedding in 8 bits."""
+        are never in memory twice; it can't be used afterwards. `bits` stores all but the
+        embedding in so many; the output matrix never in fewer than 8, where it costs most."""
         reason = why_unsupported(model)
         assert reason is None, reason
         config, decoder = model.config, model.model
         attention = decoder.layers[0].self_attn
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
-        self.dtype_name = "int8" if int8 else str(self.dtype).removeprefix("torch.")
+        self.dtype_name = f"int{bits}" if bits else str(self.dtype).removeprefix("torch.")
         self.name = type(model).__name__.removesuffix("ForCausalLM")
         self.num_layers: int = config.num_hidden_layers
         self.num_heads: int = config.num_attention_heads
@@ -91,8 +91,9 @@ class DecoderModel:
         self._embedding: torch.Tensor = decoder.embed_tokens.weight.detach()
         self._norm: torch.Tensor = decoder.norm.weight.detach()
         head_bias = model.lm_head.bias.detach() if model.lm_head.bias is not None else None
-        self._int8 = int8
-        self._head = make_linear(model.lm_head.weight.detach(), head_bias, int8=int8)
+        self._bits = bits
+        head_bits: Bits | None = 8 if bits else None
+        self._head = make_linear(model.lm_head.weight.detach(), head_bias, bits=head_bits)
         if release:
             model.lm_head.weight = None
         self._layers: list[Layer] = []
@@ -110,8 +111,12 @@ class DecoderModel:
 
     @property
     def description(self) -> str:
-        storage = {PackedLinear: ", prepacked weights", Int8Linear: ", 8-bit weights"}
-        return f"own {self.name} forward" + storage.get(type(self._head), "")
+        storage = {
+            PackedLinear: ", prepacked weights",
+            Int8Linear: ", 8-bit weights",
+            Int4Linear: ", 4-bit weights",
+        }
+        return f"own {self.name} forward" + storage.get(type(self._layers[0].qkv), "")
 
     def _take_layer(self, layer: Any, config: Any) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -140,12 +145,12 @@ class DecoderModel:
         """One product in place of several that take the same input."""
         weight = torch.cat([linear.weight.detach() for linear in linears])
         if all(linear.bias is None for linear in linears):
-            return make_linear(weight, int8=self._int8)
+            return make_linear(weight, bits=self._bits)
         biases = [
             weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
             for linear in linears
         ]
-        return make_linear(weight, torch.cat(biases), int8=self._int8)
+        return make_linear(weight, torch.cat(biases), bits=self._bits)
 
     def new_pool(self, capacity: int, *, int8: bool = False) -> KVPool:
         """A pool that fits this model; with `int8` it stores keys and values in 8 bits."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,25 @@ from typing import Any
 import torch
 
 from rag.engine.int8_pool import scale_dtype
+from rag.engine.linear import INT4_GROUP, Bits
 from rag.errors import GeneratorError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WEIGHT_BITS: dict[str, Bits] = {"int8": 8, "int4": 4}  # computed in the dtype of "auto"
 
 # What a forward needs beside weights and cache: activations, logits, the allocator's slack.
 WORKSPACE_BYTES = 256 * 2**20
 
 
+AUTO_MAP = "auto-map"  # the layers spread over all CUDA devices
+
+
 def choose_device(name: str) -> torch.device:
-    """The device for a setting: "auto", "cpu", "cuda", "cuda:1", "mps".
+    """The device for a setting: "auto", "auto-map" (its first), "cpu", "cuda", "cuda:1", "mps".
 
     Raises GeneratorError where a device is named that this machine does not offer.
     """
-    if name == "auto":
+    if name in ("auto", AUTO_MAP):
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
         if torch.backends.mps.is_available():
@@ -37,7 +43,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise GeneratorError(
-            f"device {name!r} is not known. Use auto, cpu, cuda, cuda:N or mps."
+            f"device {name!r} is not known. Use auto, auto-map, cpu, cuda, cuda:N or mps."
         ) from error
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -56,11 +62,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype for a setting. "auto" and "int8": CUDA bfloat16 (float16 before Ampere), MPS float16, CPU
-    bfloat16 where the processor multiplies it natively, else float32."""
-    if name not in ("auto", "int8"):
+    """The compute dtype for a setting. "auto", "int8" and "int4": CUDA bfloat16 (float16 before
+    Ampere), MPS float16, CPU bfloat16 where the processor multiplies it natively, else float32."""
+    if name not in ("auto", *WEIGHT_BITS):
         if name not in DTYPES:
-            raise GeneratorError(f"dtype {name!r} is not one of auto, int8, {', '.join(DTYPES)}.")
+            known = ", ".join(("auto", *WEIGHT_BITS, *DTYPES))
+            raise GeneratorError(f"dtype {name!r} is not one of {known}.")
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
@@ -85,6 +92,37 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     return _free_host_bytes()
+
+
+def mapped_devices(name: str, device: torch.device) -> list[torch.device]:
+    """The devices that a setting spreads the layers over: the chosen one, or with "auto-map" all of
+    CUDA's. Raises GeneratorError where the package that spreads them is missing."""
+    if name != AUTO_MAP or device.type != "cuda":
+        return [device]
+    if importlib.util.find_spec("accelerate") is None:
+        raise GeneratorError(
+            "device 'auto-map' needs the package accelerate. Run: pip install 'local-rag[multi-gpu]'"
+        )
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
+def memory_shares(free: Sequence[int], cache_bytes: int) -> dict[int, int]:
+    """The bytes of weights that each CUDA device may take, so that its layers' share of the cache
+    and its workspace stay free."""
+    share = -(-cache_bytes // len(free))
+    return {index: max(0, size - share - WORKSPACE_BYTES) for index, size in enumerate(free)}
+
+
+def check_map(device_map: Mapping[str, Any], name: str) -> None:
+    """Raise GeneratorError where layers went to the disk or, beside GPUs, to the host's memory:
+    they would be carried to a GPU again for every token."""
+    places = {str(place) for place in device_map.values()}
+    if "disk" in places or (len(places) > 1 and "cpu" in places):
+        outside = sum(str(place) in ("disk", "cpu") for place in device_map.values())
+        raise GeneratorError(
+            f"{name} does not fit on the GPUs: {outside} of {len(device_map)} parts would lie "
+            "outside of them. Choose a smaller model, or a smaller max_prompt_tokens."
+        )
 
 
 def _free_host_bytes() -> int:
@@ -166,17 +204,20 @@ def _read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def weight_bytes(num_weights: int, config: Any, dtype: torch.dtype, *, int8: bool) -> int:
+def weight_bytes(num_weights: int, config: Any, dtype: torch.dtype, *, bits: Bits | None) -> int:
     """Bytes that the weights take once they are loaded.
 
-    A tied embedding is stored a second time as the output matrix where it is packed or in 8 bits.
+    A tied embedding is stored a second time as the output matrix where it is packed or in fewer
+    bits; the output matrix takes 8 bits then, and 4-bit weights two numbers more for each group.
     """
     embedding = int(config.vocab_size * config.hidden_size)
     tied = embedding if getattr(config, "tie_word_embeddings", False) else 0
-    if int8:
-        return num_weights - embedding + tied + embedding * dtype.itemsize
-    packed = tied if dtype == torch.bfloat16 else 0
-    return (num_weights + packed) * dtype.itemsize
+    if bits is None:
+        packed = tied if dtype == torch.bfloat16 else 0
+        return (num_weights + packed) * dtype.itemsize
+    layers = num_weights + tied - 2 * embedding
+    of_group = INT4_GROUP // 2 + 2 * dtype.itemsize if bits == 4 else INT4_GROUP
+    return layers * of_group // INT4_GROUP + embedding + embedding * dtype.itemsize
 
 
 def kv_bytes_per_token(config: Any, dtype: torch.dtype, *, int8: bool = False) -> int:
@@ -210,7 +251,7 @@ def plan_memory(
     dtype: str,
     bytes_per_token: int,
     needed_tokens: int,
-    device: torch.device,
+    device: torch.device | str,
     free: int,
 ) -> MemoryPlan:
     """How many tokens of cache fit beside the weights: at least `needed_tokens`, and up to 32 times

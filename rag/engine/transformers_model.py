@@ -32,9 +32,9 @@ _UNDERSTOOD = {
 class _Step:
     """What the plugged-in attention needs to know about the forward that is running."""
 
-    plan: Plan
+    plans: dict[torch.device, Plan]  # the same for each device that holds layers
     pool: KVPool
-    slots: torch.Tensor | Extent
+    slots: dict[torch.device, torch.Tensor | Extent]
 
 
 @dataclass(slots=True)
@@ -43,6 +43,7 @@ class _Probe:
 
     shapes: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # heads, kv heads, dim
     windows: dict[int, int | None] = field(default_factory=dict)
+    devices: dict[int, torch.device] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
@@ -66,11 +67,11 @@ def _attention(
         return query.transpose(1, 2), None
     assert isinstance(layer, int)
     kv_heads, length, dim = key.shape[1:]
-    step.pool.write(layer, step.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    step.pool.write(layer, step.slots[key.device], key[0].transpose(0, 1), value[0].transpose(0, 1))
     scale = dim**-0.5 if scaling is None else scaling
     # (heads, T, D) -> (kv heads, T, heads of a group, D)
     grouped = (query[0] * scale).view(kv_heads, -1, length, dim).transpose(1, 2).contiguous()
-    groups = step.plan.groups[arguments.get("sliding_window")]
+    groups = step.plans[key.device].groups[arguments.get("sliding_window")]
     mixed = attend(grouped, step.pool, layer, groups, softcap=arguments.get("softcap"))
     return mixed.transpose(0, 1).reshape(1, length, -1, dim), None
 
@@ -94,6 +95,7 @@ def _take_down(
             probe.problems.append(f"its attention takes {name}")
     probe.shapes[layer] = (query.shape[1], key.shape[1], key.shape[3])
     probe.windows[layer] = arguments.get("sliding_window")
+    probe.devices[layer] = key.device
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
@@ -120,7 +122,9 @@ class TransformersModel:
         self.dtype: torch.dtype = model.dtype
         self.dtype_name = str(model.dtype).removeprefix("torch.")
         self.vocab_size: int = config.vocab_size
-        self.description = f"transformers forward of {type(model).__name__} over the pool"
+        count = len({parameter.device for parameter in model.parameters()})
+        spread = f", spread over {count} devices" if count > 1 else ""
+        self.description = f"transformers forward of {type(model).__name__} over the pool{spread}"
         parameters = inspect.signature(model.forward).parameters
         self._selects = "logits_to_keep" in parameters
         self._query_block = 128 if self.device.type == "cpu" else 1024
@@ -156,19 +160,24 @@ class TransformersModel:
             head_dim=self._head_dim,
             capacity=capacity,
             dtype=self.dtype,
-            device=self.device,
+            device=self._devices,
         )
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk], pool: KVPool) -> torch.Tensor:
         """As DecoderModel.forward: logits (sum of num_logits, vocabulary), float32."""
-        plan = plan_attention(
-            chunks, windows=self._windows, query_block=self._query_block, device=self.device
-        )
+        plans = {
+            device: plan_attention(
+                chunks, windows=self._windows, query_block=self._query_block, device=device
+            )
+            for device in dict.fromkeys(self._devices)
+        }
+        plan = plans[self._devices[0]]  # they differ only in where they lie
         ordered = [chunks[index] for index in plan.order]
         tokens = [token for chunk in ordered for token in chunk.tokens]
         rows = wanted_rows(ordered, plan.order)
-        _RUNNING.step = _Step(plan, pool, new_slots(ordered, self.device))
+        slots = {device: new_slots(ordered, device) for device in plans}
+        _RUNNING.step = _Step(plans, pool, slots)
         try:
             logits = self._run(tokens, flat_positions(ordered), rows or [0])
         finally:
@@ -176,7 +185,7 @@ class TransformersModel:
         return logits[: len(rows)]
 
     def _run(self, tokens: list[int], positions: list[int], rows: list[int]) -> torch.Tensor:
-        at = torch.tensor(rows, device=self.device)
+        at = torch.tensor(rows)  # on the CPU, from where it may index what lies on any device
         output = self._model(
             input_ids=torch.tensor([tokens], device=self.device),
             position_ids=torch.tensor([positions], device=self.device),
@@ -184,7 +193,7 @@ class TransformersModel:
             **({"logits_to_keep": at} if self._selects else {}),
         )
         logits: torch.Tensor = output.logits[0]
-        return (logits if self._selects else logits[at]).float()
+        return (logits if self._selects else logits[at]).float().to(self.device)
 
     def _read_layers(self, config: Any) -> None:
         probe = _Probe()
@@ -202,6 +211,7 @@ class TransformersModel:
             raise Unsupported("its layers differ in their heads")
         _, self._num_kv_heads, self._head_dim = probe.shapes[0]
         self._num_layers = len(probe.shapes)
+        self._devices = [probe.devices[layer] for layer in range(self._num_layers)]
         self._windows = [probe.windows[layer] for layer in range(self._num_layers)]
         self._check_windows(config)
 
@@ -243,7 +253,7 @@ class TransformersModel:
                 for ids in (first, second)
             ]
         self._model.set_attn_implementation(ATTENTION)
-        wanted = torch.cat([expected[0][30:], expected[1][-1:]]).float()
+        wanted = torch.cat([expected[0][30:], expected[1][-1:]]).float().to(found.device)
         # Rounding differs with the order of sums; a wrong mask or scale is off by far more.
         allowed = 0.002 if self.dtype == torch.float32 else 0.05
         if not bool((found - wanted).abs().max() <= allowed * wanted.abs().max()):
