@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from functools import lru_cache
+from operator import add
 
 import snowballstemmer
 
@@ -59,12 +60,12 @@ def passage_terms(text: str) -> list[str]:
     """Every term of a passage, in order, repeated as often as it stands there."""
     terms: list[str] = []
     for run in _RUN.findall(normalise(text)):
-        if _HAN_START.match(run):
-            if len(run) == 1:
-                terms.append(run)
-            terms.extend(run[at : at + 2] for at in range(len(run) - 1))
-        else:
+        if run.isascii() or not _HAN_START.match(run):
             terms.append(_stem(run))
+        elif len(run) == 1:
+            terms.append(run)
+        else:
+            terms.extend(map(add, run, run[1:]))
     return terms
 
 
