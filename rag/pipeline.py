@@ -103,6 +103,10 @@ class Rag:
         """Up to k passages, best first (settings' top_k without k)."""
         return self.retriever.retrieve(question, k or self.settings.top_k)
 
+    def support(self, question: str, retrieval: Retrieval | None = None) -> float:
+        """Probability that the passages found answer the question; nothing is generated."""
+        return self._plan(question, (), retrieval).support
+
     def ask(self, question: str, *, history: History = ()) -> Answer:
         """Answer one question. `history` holds earlier (question, answer) pairs, oldest first."""
         stream = self.stream(question, history=history)
