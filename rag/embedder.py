@@ -187,6 +187,13 @@ class StaticEmbedder:
         tokens_of = self._know(pieces).__getitem__
         return [list(chain.from_iterable(map(tokens_of, text))) for text in pieces]
 
+    def token_spans(
+        self, texts: Sequence[str]
+    ) -> list[tuple[list[int], npt.NDArray[np.int64]]]:
+        """`token_ids` of each text with the tokens' [start, end) characters, int64 (tokens, 2)."""
+        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [(item.ids, np.array(item.offsets, dtype=np.int64).reshape(-1, 2)) for item in encoded]
+
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         counts: list[int] = []
         for begin in range(0, len(texts), _STATIC_BATCH):
