@@ -21,6 +21,8 @@ class Settings:
     """Everything one can choose. `python -m rag doctor` prints the values in force."""
 
     kb: str = ".kb"  # folder of the knowledge base
+    store: str = "embedded"  # "embedded" (SQLite and FAISS in that folder) or "milvus"
+    milvus_uri: str = ""  # of the store "milvus": a file NAME.db, or http://host:19530, and #BASE
     embedder: str = "bundled"  # "bundled", a folder, or a Hugging Face name
     generator: str = "bundled"  # "bundled", a folder, or a Hugging Face name
     device: str = "auto"  # "auto", "auto-map" (over all GPUs), "cpu", "cuda", "cuda:1", "mps"
@@ -50,6 +52,13 @@ class Settings:
         for name in ("kb", "embedder", "generator"):
             if not getattr(self, name).strip():
                 raise SettingsError(f"setting {name} is empty. Leave it out for its default.")
+        if self.store not in ("embedded", "milvus"):
+            raise SettingsError(f"setting store is {self.store!r}; it is one of embedded, milvus.")
+        if (self.store == "milvus") != bool(self.milvus_uri.strip()):
+            raise SettingsError(
+                f"setting store is {self.store!r} and milvus_uri is {self.milvus_uri!r}. Give both or "
+                "neither: store = 'milvus', milvus_uri = 'kb.db' or 'http://localhost:19530'."
+            )
         self._check_range("top_k", 1, 50)
         self._check_range("chunk_tokens", 32, 8192)
         self._check_range("max_prompt_tokens", 128, 1_000_000)
