@@ -97,6 +97,8 @@ def _show_pages(file: Path, place: Place, base: KnowledgeBase) -> None:
                 quotes.setdefault(page.number, []).append(document.text[low:high])
     for number, wanted in sorted(quotes.items()):
         picture = draw_page(file, number, tuple(wanted))
+        if len(quotes) > 1:
+            st.html(f'<div class="lr-label">{text(language(), "page", number=number)}</div>')
         if not picture.num_found:
             st.html(f'<p class="lr-note">{say("page_unmarked")}</p>')
         st.image(picture.png, width="stretch", alt=text(language(), "page", number=number))
