@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import threading
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from collections.abc import Generator as PyGenerator
 from dataclasses import dataclass
-from itertools import count
+from itertools import accumulate, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rag.engine.interface import Engine, FinishEvent, Request, Sampling, TokenEvent
 from rag.errors import GeneratorError
 from rag.language import detect_language
-from rag.prompt import Message, Prompt
+from rag.prompt import Message, Prompt, neutralise, passage_text
 from rag.settings import Settings
 from rag.stopping import Stop
 
@@ -167,24 +168,55 @@ class PromptFormat:
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The token ids of a prompt, special tokens included, ready to be continued."""
+        text, add_special_tokens = self._written(prompt)
+        return self._ids(text, add_special_tokens=add_special_tokens)
+
+    def passages(self, prompt: Prompt) -> tuple[tuple[int, int], ...]:
+        """[start, end) of the tokens that lie wholly inside each of the prompt's passages, and
+        neither first nor last there: those may have merged with what stands beside them."""
+        text, add_special_tokens = self._written(prompt)
+        with _TOKENIZING:
+            encoding = self._tokenizer(
+                text,
+                add_special_tokens=add_special_tokens,
+                return_offsets_mapping=True,
+                verbose=False,
+            )
+        # Special tokens put around the text have (0, 0).
+        starts = list(accumulate((start for start, _ in encoding["offset_mapping"]), max))
+        spans: list[tuple[int, int]] = []
+        at = 0
+        for hit in prompt.hits:
+            # The reader's layout strips what it numbers; a passage that is not found is computed.
+            passage = neutralise(passage_text(hit)).strip()
+            found = text.find(passage, at)
+            if found < 0:
+                continue
+            at = found + len(passage)
+            span = (bisect_left(starts, found) + 1, bisect_left(starts, at) - 1)
+            if span[0] < span[1]:
+                spans.append(span)
+        return tuple(spans)
+
+    def _written(self, prompt: Prompt) -> tuple[str, bool]:
+        """The prompt as one text, and whether the tokenizer is to put its own tokens around it."""
         if prompt.text is not None:
-            return self._ids(prompt.text, add_special_tokens=False)
+            return prompt.text, False
         if not prompt.messages:
             raise GeneratorError("the prompt holds neither messages nor text.")
         if not self._tokenizer.chat_template:
-            return self._ids(plain_text(prompt.messages), add_special_tokens=True)
+            return plain_text(prompt.messages), True
         from jinja2 import TemplateError
 
         messages = merge_system(prompt.messages) if self.merges_system else prompt.messages
         try:
-            text = self._render(messages)
+            return self._render(messages), False
         except TemplateError as error:
             roles = ", ".join(message.role for message in messages)
             raise GeneratorError(
                 f"the model's chat template refuses a conversation of {roles}: {error}. "
                 "Ask without history, or choose another model."
             ) from error
-        return self._ids(text, add_special_tokens=False)
 
     def blocks(self, ids: Sequence[int]) -> tuple[tuple[int, ...], int]:
         """Where passages and question begin in the reader's second layout; ((), 0) in any other."""
@@ -259,8 +291,17 @@ class Generator:
         is_reader: bool = False,
         stop_ids: Collection[int] = (),
         memory: MemoryPlan | None = None,
+        splices_passages: bool = False,
     ) -> None:
+        """`splices_passages` reuses passages from other prompts approximately, for an engine that
+        was made for it."""
+        if splices_passages and not tokenizer.is_fast:
+            raise GeneratorError(
+                f"{name} has a tokenizer that can't say where a token stands in the text, which "
+                "passage_reuse approximate needs. Set it to exact."
+            )
         self.engine = engine
+        self._splices = splices_passages
         self.name = name
         self._memory = memory
         self._tokenizer = tokenizer
@@ -428,11 +469,13 @@ class Generator:
             number = next(self._numbers)
         ids = self.encode(prompt)
         block_starts, question_start = self._format.blocks(ids)
+        reusable = self._format.passages(prompt) if self._splices and not block_starts else ()
         return Request(
             id=f"{number}",
             prompt_ids=ids,
             block_starts=block_starts,
             question_start=question_start,
+            reusable=reusable,
             max_new_tokens=max_new_tokens,
             sampling=sampling if sampling is not None else Sampling(),
             stop_ids=self.stop_ids,
@@ -491,6 +534,7 @@ def load_generator(settings: Settings) -> Generator:
     dtype = choose_dtype(settings.dtype, device)
     bits = WEIGHT_BITS.get(settings.dtype)
     int8_kv = settings.kv_dtype == "int8"
+    splices = settings.passage_reuse == "approximate"
     config = _load_config(folder, name)
     text_config = config.get_text_config(decoder=True)
     limit = getattr(text_config, "max_position_embeddings", None)
@@ -499,12 +543,15 @@ def load_generator(settings: Settings) -> Generator:
     num_weights = count_weights(_weight_files(folder))
     devices = mapped_devices(settings.device, device)
     free = [free_bytes(one) for one in devices]
+    bytes_per_token = kv_bytes_per_token(text_config, dtype, int8=int8_kv)
+    if splices:  # as many tokens of passages beside the cache
+        bytes_per_token += kv_bytes_per_token(text_config, dtype)
     plan = plan_memory(
         name=name,
         weight_bytes=weight_bytes(num_weights, text_config, dtype, bits=bits),
         loading_bytes=num_weights * dtype.itemsize,
         dtype=settings.dtype if bits else str(dtype).removeprefix("torch."),
-        bytes_per_token=kv_bytes_per_token(text_config, dtype, int8=int8_kv),
+        bytes_per_token=bytes_per_token,
         needed_tokens=needed,
         device=device if len(devices) == 1 else f"{len(devices)} GPUs",
         free=sum(free),
@@ -531,9 +578,16 @@ def load_generator(settings: Settings) -> Generator:
         release=True,
         bits=bits,
         int8_kv=int8_kv,
+        splice_passages=splices,
     )
     return Generator(
-        engine, tokenizer, name=name, is_reader=is_reader, stop_ids=stop_ids, memory=plan
+        engine,
+        tokenizer,
+        name=name,
+        is_reader=is_reader,
+        stop_ids=stop_ids,
+        memory=plan,
+        splices_passages=splices,
     )
 
 

@@ -28,6 +28,7 @@ class Settings:
     device: str = "auto"  # "auto", "auto-map" (over all GPUs), "cpu", "cuda", "cuda:1", "mps"
     dtype: str = "auto"  # "auto", "float32", "bfloat16", "float16", "int8", "int4"
     kv_dtype: str = "auto"  # of the KV cache: "auto" (the compute dtype), "int8"
+    passage_reuse: str = "exact"  # "exact", or "approximate": faster, and answers may differ
     top_k: int = 4  # passages given to the generator
     chunk_tokens: int = 320  # largest chunk, in the embedder's tokens
     max_prompt_tokens: int = 6144  # prompt budget, in the generator's tokens
@@ -75,6 +76,10 @@ class Settings:
             )
         if self.kv_dtype not in ("auto", "int8"):
             raise SettingsError(f"setting kv_dtype is {self.kv_dtype!r}; it is one of auto, int8.")
+        if self.passage_reuse not in ("exact", "approximate"):
+            raise SettingsError(
+                f"setting passage_reuse is {self.passage_reuse!r}; it is one of exact, approximate."
+            )
         head = self.device.split(":")[0]
         if head not in ("auto", "auto-map", "cpu", "cuda", "mps"):
             raise SettingsError(

@@ -20,7 +20,7 @@ def test_a_misspelt_variable_is_an_error_that_names_it(name):
 @pytest.mark.parametrize(
     ("field", "value"),
     [("top_k", 0), ("top_k", "4"), ("temperature", -1.0), ("temperature", float("nan")), ("device", "tpu"),
-     ("dtype", "int3"), ("kv_dtype", "int4"), ("generator", " "), ("top_p", True)],
+     ("dtype", "int3"), ("kv_dtype", "int4"), ("passage_reuse", "naive"), ("generator", " "), ("top_p", True)],
 )
 def test_a_value_out_of_range_is_refused_at_birth(field, value):
     with pytest.raises(SettingsError, match=field):

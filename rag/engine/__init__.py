@@ -30,14 +30,16 @@ def create_engine(
     release: bool = False,
     bits: Bits | None = None,
     int8_kv: bool = False,
+    splice_passages: bool = False,
 ) -> Engine:
     """The engine that runs `model` best, with a KV cache of `kv_tokens` tokens on its device.
 
     `context_length` is the most prompt + new tokens of one request (default: the model's own
     limit); `kv_tokens` bounds what is cached over all requests (default: four contexts). With
     `release` the model may give up its weights to the engine and can't be used afterwards.
-    `bits` stores the weights in 8 or 4 bits, `int8_kv` keys and values in 8. Raises GeneratorError
-    where the model can't have that.
+    `bits` stores the weights in 8 or 4 bits, `int8_kv` keys and values in 8. With
+    `splice_passages` requests may name passages to be reused approximately; `kv_tokens` of these
+    are kept beside the cache. Raises GeneratorError where the model can't have that.
     """
     # Here, because importing rag must load neither torch nor transformers.
     from rag.engine.model import DecoderModel, why_unsupported
@@ -55,12 +57,26 @@ def create_engine(
     pooled: DecoderModel | TransformersModel
     if reason is None:
         pooled = DecoderModel(model, release=release, bits=bits)
+        if splice_passages and pooled.has_windows:
+            raise GeneratorError(
+                "passages can't be reused approximately with sliding windows. "
+                "Set passage_reuse to exact."
+            )
         return PooledEngine(
-            pooled, context_length=context_length, kv_tokens=kv_tokens, int8_kv=int8_kv
+            pooled,
+            context_length=context_length,
+            kv_tokens=kv_tokens,
+            int8_kv=int8_kv,
+            splicing=pooled if splice_passages else None,
         )
     if bits:
         raise GeneratorError(
             f"{bits}-bit weights need the engine's own forward, and {reason}. Choose another dtype."
+        )
+    if splice_passages:  # with dynamic or longrope RoPE a key can't be turned at all
+        raise GeneratorError(
+            f"passages can be reused approximately by the engine's own forward only, and {reason}. "
+            "Set passage_reuse to exact."
         )
     try:
         pooled = TransformersModel(model)

@@ -46,6 +46,9 @@ class Request:
     top_logprobs: int = 0  # most probable tokens to report beside each chosen one
     block_starts: tuple[int, ...] = ()
     question_start: int = 0
+    # [start, end) of passages whose keys may come from another prompt, as an approximation. Only
+    # for an engine that was made with a passage store.
+    reusable: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,17 @@ def check_request(request: Request, context_length: int) -> None:
     if not 0 <= request.top_logprobs <= MAX_TOP_LOGPROBS:
         raise GeneratorError(
             f"top_logprobs is {request.top_logprobs}; it must be from 0 to {MAX_TOP_LOGPROBS}."
+        )
+    borders = [border for span in request.reusable for border in span]
+    if borders and (
+        borders != sorted(borders)
+        or borders[0] < 0
+        or borders[-1] >= prompt
+        or request.block_starts
+    ):
+        raise GeneratorError(
+            f"reusable passages {request.reusable} do not lie one behind the other within the first "
+            f"{prompt - 1} tokens, or the prompt is block-diagonal, which reuses them exactly."
         )
     starts, asked = request.block_starts, request.question_start
     if starts and not (

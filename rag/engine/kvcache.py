@@ -379,6 +379,10 @@ class KVPool:
         self._values = [torch.empty(shape, dtype=kept, device=of) for of in devices]
 
     @property
+    def num_layers(self) -> int:
+        return len(self._keys)
+
+    @property
     def bytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self._keys, *self._values))
 

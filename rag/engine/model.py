@@ -163,6 +163,14 @@ class DecoderModel:
             device=self.device,
         )
 
+    def turn_keys(self, keys: torch.Tensor, by: int) -> torch.Tensor:
+        """Keys (..., tokens, D) as they would be `by` positions further on."""
+        angles = by * torch.cat((self._inv_freq, self._inv_freq)).to(keys.device)
+        numbers = keys.float()
+        first, second = numbers.chunk(2, -1)
+        turned = numbers * angles.cos() + torch.cat((-second, first), -1) * angles.sin()
+        return turned.to(keys.dtype)
+
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk], pool: KVPool) -> torch.Tensor:
         """Compute the chunks, store their keys and values in the pool.

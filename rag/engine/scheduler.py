@@ -34,6 +34,7 @@ from rag.engine.kvcache import (
     extents_length,
     join_extents,
 )
+from rag.engine.passage_store import SHORTEST, PassageStore, Splice, StoredPassage
 from rag.engine.sampling import Logits, Sampler
 from rag.errors import GeneratorError
 
@@ -85,6 +86,12 @@ class PooledModel(Protocol):
     def new_pool(self, capacity: int, *, int8: bool = False) -> KVPool: ...
 
     def forward(self, chunks: Sequence[Chunk], pool: KVPool) -> torch.Tensor: ...
+
+
+class TurningModel(PooledModel, Protocol):
+    """One whose keys can be moved to other positions: DecoderModel."""
+
+    def turn_keys(self, keys: torch.Tensor, by: int) -> torch.Tensor: ...
 
 
 class Call:
@@ -147,6 +154,13 @@ class Row:
     drafter: Drafter | None = None
     draft: list[int] = field(default_factory=list)
     cancelled: bool = False
+    splices: list[Splice] = field(default_factory=list)  # still to be laid in, in order
+    exact: int | None = None  # tokens before the first splice; None: all are exact
+
+    @property
+    def num_shareable(self) -> int:
+        """Computed tokens that are right for every prompt that begins with them."""
+        return self.computed if self.exact is None else min(self.computed, self.exact)
 
     @property
     def prompt_length(self) -> int:
@@ -182,6 +196,7 @@ class EngineStats:
     drafted_tokens: int
     accepted_tokens: int
     preemptions: int
+    spliced_tokens: int  # approximate: passages laid in from other prompts
     waiting: int
     running: int
     cache: CacheStats
@@ -198,8 +213,10 @@ class PooledEngine:
         kv_tokens: int,
         limits: Limits | None = None,
         int8_kv: bool = False,
+        splicing: TurningModel | None = None,
     ) -> None:
-        """`int8_kv` stores keys and values in 8 bits."""
+        """`int8_kv` stores keys and values in 8 bits. With `splicing`, which is the model itself,
+        passages may be reused approximately, and as many tokens of them are kept again."""
         self._model = model
         self.device = str(model.device)
         self.dtype = model.dtype_name
@@ -209,11 +226,13 @@ class PooledEngine:
         self._pool = model.new_pool(self.kv_tokens, int8=int8_kv)
         self._int8_kv = int8_kv
         self._cache = PrefixCache(self.kv_tokens)
+        self._splicing = splicing
+        self._store = PassageStore(self.kv_tokens if splicing is not None else 0)
         self._waiting: list[Row] = []
         self._running: list[Row] = []
         self._numbers = 0
         self._steps = self._computed = self._new = 0
-        self._drafted = self._accepted = self._preemptions = 0
+        self._drafted = self._accepted = self._preemptions = self._spliced = 0
         # Guards the two lists and the thread; held only for moments, never through a forward.
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -223,6 +242,7 @@ class PooledEngine:
     @property
     def description(self) -> str:
         storage = " in 8 bits" * self._int8_kv
+        storage += ", passages reused approximately" * (self._splicing is not None)
         return f"{self._model.description}, {self.kv_tokens} tokens of shared KV cache{storage}"
 
     @property
@@ -249,6 +269,11 @@ class PooledEngine:
             drafter = Drafter() if self.limits.draft_tokens else None
             text = list(request.prompt_ids)
             row = Row(request, call, sampler, text, text, 0, drafter=drafter)
+            if request.reusable and self._splicing is None:
+                raise GeneratorError(
+                    "this engine reuses passages exactly only; load the generator with "
+                    "passage_reuse approximate, or leave `reusable` empty."
+                )
             if request.block_starts:
                 if self._model.has_windows:
                     raise GeneratorError(
@@ -276,6 +301,7 @@ class PooledEngine:
             drafted_tokens=self._drafted,
             accepted_tokens=self._accepted,
             preemptions=self._preemptions,
+            spliced_tokens=self._spliced,
             waiting=len(self._waiting),
             running=len(self._running),
             cache=CacheStats(
@@ -455,8 +481,11 @@ class PooledEngine:
             return False
         row.node, row.shared, row.own = node, shared, own
         row.computed = row.num_shared
+        row.splices = self._store.splices(row.text, row.request.reusable, row.num_shared)
+        row.exact = row.splices[0].start if row.splices else None
         if row.reused is None:
-            row.reused = row.num_shared
+            row.reused = row.num_shared + sum(one.end - one.start for one in row.splices)
+        self._lay_in(row)
         return True
 
     def _next_run(self, row: Row) -> bool:
@@ -531,7 +560,8 @@ class PooledEngine:
         ):
             if budget <= 0:
                 break
-            length = min(budget, len(row.tokens) - row.computed)
+            end = row.splices[0].start if row.splices else len(row.tokens)
+            length = min(budget, end - row.computed)
             row.draft = []
             work.append((row, length))
             budget -= length
@@ -597,7 +627,11 @@ class PooledEngine:
         if not row.whole:
             self._share(row, row.computed)
         elif before < row.prompt_length and row.passages is None:
-            self._share(row, min(row.computed, row.prompt_length))
+            if before <= row.num_shared:  # nothing that was laid in stands before
+                self._share(row, min(row.num_shareable, row.prompt_length))
+            self._lay_in(row)
+            if row.computed >= row.prompt_length:
+                self._keep_passages(row)
         if not chunk.num_logits:
             return
         draft, row.draft = row.draft, []
@@ -634,11 +668,51 @@ class PooledEngine:
             self._cache.release(row.node)
         row.node, row.num_shared, row.own = node, length, rest
 
+    @torch.inference_mode()
+    def _lay_in(self, row: Row) -> None:
+        """Write the keys of a passage that the row has come to, turned for its place."""
+        while row.splices and row.splices[0].start == row.computed:
+            splice = row.splices.pop(0)
+            assert self._splicing is not None
+            upto, _ = cut_extents([*row.shared, *row.own], splice.end)
+            _, extents = cut_extents(upto, splice.start)
+            slots = [slot for start, end in extents for slot in range(start, end)]
+            at = torch.tensor(slots, device=self._model.device)
+            stored, skipped = splice.stored, splice.start - splice.passage
+            keys = self._splicing.turn_keys(
+                stored.keys[:, :, skipped:], splice.passage - stored.position
+            )
+            values = stored.values[:, :, skipped:]
+            for layer in range(len(keys)):
+                self._pool.write(
+                    layer, at, keys[layer].transpose(0, 1), values[layer].transpose(0, 1)
+                )
+            row.computed = splice.end
+            self._spliced += splice.end - splice.start
+
+    def _keep_passages(self, row: Row) -> None:
+        """Keep what a prompt computed for passages that no earlier one held."""
+        for start, end in row.request.reusable:
+            tokens = row.request.prompt_ids[start:end]
+            if end - start < SHORTEST or tokens in self._store:
+                continue
+            upto, _ = cut_extents([*row.shared, *row.own], end)
+            _, extents = cut_extents(upto, start)
+            layers = range(self._pool.num_layers)
+            keys, values = (
+                torch.stack([
+                    torch.cat([read(layer, *extent) for extent in extents], 1) for layer in layers
+                ])
+                for read in (self._pool.keys, self._pool.values)
+            )  # fmt: skip
+            self._store.keep(tokens, StoredPassage(start, keys, values))
+
     def _free(self, row: Row, *, keep: bool) -> None:
         """Give up the row's slots; with `keep`, what is computed stays cached in the tree."""
         # What was computed beside passages is right there only: it never enters the tree.
-        if keep and row.node is not None and row.computed > row.num_shared:
-            self._share(row, row.computed)
+        # The same goes for what was laid in from other prompts, and all behind it.
+        if keep and row.node is not None and row.num_shareable > row.num_shared:
+            self._share(row, row.num_shareable)
         self._cache.give_back(row.own)
         held = [] if row.node is None else [row.node]
         if row.passages is not None:
@@ -648,6 +722,7 @@ class PooledEngine:
             self._cache.release(node)
         row.node, row.own, row.shared, row.num_shared, row.computed = None, [], [], 0, 0
         row.tokens = row.text
+        row.splices, row.exact = [], None
 
     def _end(self, row: Row) -> None:
         self._free(row, keep=True)
