@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ingest.loaders import find_loader
-from ingest.ocr import HOW_TO, find_tesseract
+from ingest.ocr import can_be_read_now
 from ingest.parsers import Limits, ParsedFile, ParserPool, Splitting
 from ingest.report import FileResult, Status, SyncReport, find_twins
 from ingest.roots import META_KEY, Root, RootTable, Scope
@@ -194,12 +194,12 @@ class _Run:
             record = known.get(path)
             task = _Task(source, hashes[path], "added" if record is None else "changed", pipeline)
             if record is not None and record.sha256 == task.sha256 and record.status == "ok":
-                if record.pipeline == pipeline and not _can_be_read_now(record):
+                is_unread = can_be_read_now(record.warnings, self._limits.seconds)
+                if record.pipeline == pipeline and not is_unread:
                     unchanged.append(path)
                 else:
                     is_known = _loader_part(record.pipeline) == _loader_part(pipeline)
-                    is_known = is_known and not _can_be_read_now(record)
-                    tasks.append(replace(task, is_text_known=is_known))
+                    tasks.append(replace(task, is_text_known=is_known and not is_unread))
             elif record is None and (old := movable.pop((task.sha256, pipeline), None)):
                 moves.append((old, replace(task, status="moved")))
                 gone.discard(old)
@@ -469,11 +469,6 @@ def _find_gone(
         elif any(scope.root == owner and scope.covers(path) for scope in scopes):
             gone.add(path)
     return gone
-
-
-def _can_be_read_now(record: FileRecord) -> bool:
-    """Whether pages were left unread for want of an OCR program that is there by now."""
-    return any(HOW_TO in warning for warning in record.warnings) and find_tesseract() is not None
 
 
 def _loader_part(pipeline: str) -> str:

@@ -133,7 +133,7 @@ def main() -> None:
         if alarm is not None:
             # Kills this process should the parent be gone and no longer watch the time.
             alarm(int(request["seconds"]) + 10)
-        limit_time(0.6 * request["seconds"])
+        limit_time(0.8 * request["seconds"], given=request["seconds"])
         found = [
             _answer(Path(file), path, request["splitting"]) for file, path in request["files"]
         ]

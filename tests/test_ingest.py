@@ -19,6 +19,7 @@ from fakes import WordEmbedder
 
 from ingest import FileResult, Limits, Progress, SyncReport, sync
 from ingest.__main__ import main
+from ingest.ocr import find_tesseract
 from rag.errors import InputError, KnowledgeBaseError
 from rag.knowledge import KnowledgeBase
 from rag.settings import Settings
@@ -578,11 +579,14 @@ def test_scans_are_read_again_once_there_is_a_program_for_it(
     canvas.drawImage(str(tmp_path / "scan.png"), 0, 0, 595, 842)
     canvas.save()
     monkeypatch.setenv("PATH", "")
+    find_tesseract.cache_clear()
     report = sync_words(tmp_path, docs)
+    find_tesseract.cache_clear()
     assert report.files[0].chunks == 0
     assert "install tesseract" in report.files[0].warnings[0]
+    monkeypatch.setattr("ingest.ocr.find_tesseract", lambda: None)
     assert statuses(sync_words(tmp_path, docs)) == {"a.pdf": "unchanged"}
-    monkeypatch.setattr("ingest.synchronizer.find_tesseract", lambda: "there")
+    monkeypatch.setattr("ingest.ocr.find_tesseract", lambda: "there")
     assert statuses(sync_words(tmp_path, docs)) == {"a.pdf": "changed"}
 
 

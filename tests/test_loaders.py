@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from ingest.loaders import find_loader, load_document, why_skipped
 from ingest.outline import find_counted_headings, find_numbered_headings
 from rag.errors import LoadError
 
+PROJECT = Path(__file__).parent.parent
 SIMPLIFIED = "缓存把每个词元的键和值留在显存里，所以下一步只算新的词元。"
 TRADITIONAL = "快取把每個詞元的鍵和值留在顯示記憶體裡，所以下一步只算新的詞元。"
 JAPANESE = "キャッシュは各トークンのキーと値を保持します。だから次の計算は新しいものだけです。"
@@ -445,7 +447,7 @@ if "--list-langs" in sys.argv:
     print("List of available languages (2):\\nchi_sim\\neng\\nosd")
 else:
     assert sys.argv[1:5] == ["stdin", "stdout", "-l", "chi_sim+eng"]
-    assert sys.stdin.buffer.read(4) == b"\\x89PNG"
+    assert sys.stdin.buffer.read(2) == b"P5"
     print("level\\tpage_num\\tblock_num\\tpar_num\\tline_num\\tword_num\\tleft\\ttop\\twidth\\theight\\tconf\\ttext")
     words = [(1, 300, "扫描"), (1, 400, "件"), (2, 300, "Two"), (2, 420, "words"), (3, 300, "~~")]
     for line, left, word in words:
@@ -482,6 +484,89 @@ def test_scanned_pages_are_read_where_tesseract_is_installed(
     assert document.warnings == (
         "1 of 1 pages is scanned and read by OCR, which makes mistakes (page 1)",
     )
+
+
+FULL_TSV = """\
+level page_num block_num par_num line_num word_num left top width height conf text
+5 1 1 1 1 1 100 100 50 40 90 第三
+5 1 1 1 1 2 152 100 30 40 90 条
+5 1 1 1 1 3 190 100 90 40 50 ”应当
+5 1 1 1 1 4 282 100 40 40 12 另
+5 1 1 1 1 5 325 100 40 40 90 行
+5 1 1 1 1 6 370 130 10 12 90 ,
+5 1 1 1 1 7 390 100 80 40 90 约定
+5 1 1 1 1 8 475 120 10 12 90 :
+5 1 1 1 2 1 100 200 90 30 90 Model
+5 1 1 1 2 2 300 200 60 38 90 MB
+5 1 2 1 1 1 100 900 90 40 8 xx
+""".replace(" ", "\t")
+
+
+def test_words_of_a_recognised_line_are_put_together_as_they_are_printed() -> None:
+    from ingest.ocr import read_tsv
+
+    reading = read_tsv(FULL_TSV, 1000)
+    # A speck behind the number is no quote, a doubtful word of a good line stays, marks between
+    # Chinese are Chinese ones without spaces, cells stay apart; what is doubtful as a whole goes.
+    assert [line.text for line in reading.lines] == ["第三条 应当另行，约定：", "Model MB"]
+    assert [(gap.start, gap.end) for gap in reading.lines[1].gaps] == [(5, 6)]
+    first, second = reading.lines
+    assert first.height == second.height, "boxes are as tight as the letters; the type is the same"
+
+
+def _scan(file: Path, *pages: tuple[str, int]) -> None:
+    """A PDF of pictures: the upper half of page 1 of shipped documents, turned by so many degrees."""
+    import pypdfium2
+    from reportlab.lib.utils import ImageReader
+    from reportlab.pdfgen.canvas import Canvas
+
+    canvas = Canvas(str(file), pagesize=(595, 842))
+    for name, degrees in pages:
+        source = pypdfium2.PdfDocument(PROJECT / "knowledge" / name)
+        picture = source[0].render(scale=200 / 72, grayscale=True).to_pil()
+        picture = picture.crop((0, 0, picture.width, picture.height // 2)).rotate(degrees)
+        canvas.drawImage(ImageReader(picture), 0, 200, 595, 421)
+        canvas.showPage()
+    canvas.save()
+
+
+def test_real_scans_in_both_languages_read_as_the_text_they_were_made_of(tmp_path: Path) -> None:
+    from difflib import SequenceMatcher
+
+    from ingest.ocr import find_tesseract
+
+    find_tesseract.cache_clear()
+    tesseract = find_tesseract()
+    if tesseract is None or {"chi_sim", "eng"} - set(tesseract.languages.split("+")):
+        pytest.skip("tesseract with the languages chi_sim and eng is not installed")
+    names = ("zh/07-自回归解码与KV缓存.pdf", "en/08-prefill-decode-and-batching.pdf")
+    _scan(tmp_path / "a.pdf", (names[0], 0), (names[1], 180))
+    document = load_document(tmp_path / "a.pdf", "a.pdf")
+    assert document.warnings == (
+        "2 of 2 pages are scanned and read by OCR, which makes mistakes (page 1-2)",
+    )
+    for page, name in zip(document.pages, names, strict=True):
+        read = "".join(document.text[page.start : page.end].split())
+        printed = "".join(load_document(PROJECT / "knowledge" / name, "b.pdf").text.split())
+        matcher = SequenceMatcher(None, read, printed[: len(read)], autojunk=False)
+        assert len(read) > 200 and matcher.ratio() > 0.9, (name, matcher.ratio(), read[:200])
+    assert " " not in "".join(re.findall("[\u4e00-\u9fff] ?[\u4e00-\u9fff]", document.text))
+
+
+def test_unread_scans_say_what_would_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ingest import ocr
+
+    english = ocr.Tesseract("tesseract", "eng")
+    told = ("1 of 1 pages is scanned and read by OCR (eng only; add tesseract's language chi_sim "
+            "for Chinese), which makes mistakes (page 1)",)
+    monkeypatch.setattr(ocr, "find_tesseract", lambda: english)
+    assert not ocr.can_be_read_now(told, 120)
+    monkeypatch.setattr(ocr, "find_tesseract", lambda: ocr.Tesseract("tesseract", "chi_sim+eng"))
+    assert ocr.can_be_read_now(told, 120)
+    late = ("2 of 9 pages are scanned, not read for want of time; give a longer --timeout than 120 "
+            "(page 8-9)",)
+    assert not ocr.can_be_read_now(late, 120)
+    assert ocr.can_be_read_now(late, 600)
 
 
 def test_a_damaged_pdf_says_so(tmp_path: Path) -> None:

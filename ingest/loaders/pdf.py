@@ -15,13 +15,14 @@ from typing import Any
 
 from ingest.builder import clean_line
 from ingest.layout import Gap, Line, Outline, PageText, lay_out
-from ingest.ocr import DPI, find_tesseract
-from ingest.ocr import HOW_TO as SCANNED
+from ingest.ocr import ADD_CHINESE, HOW_TO, Reading, find_tesseract
 from rag.document import Document
 from rag.errors import LoadError
 
 _MIN_VISIBLE = 8  # fewer characters on a page with a big picture: the page is a scan
 _SCAN_SHARE = 0.45  # of the page's area, for a picture to count as the scan of it
+_MAX_STAMP = 80  # characters that a scanner or a scanning app may print over its picture
+_WHOLE_SHARE = 0.8  # of the page's area, from which a picture may lie under such a stamp
 _GARBLED_SHARE = 0.2  # of a page's characters that mean nothing, for the page to be reported
 _WIDE_LINE = 0.25  # of the page's width, from which a line may be a table's row or of two columns
 _WIDE_GAP = 0.9  # of a line's height; a space between words is about a third of it
@@ -45,7 +46,7 @@ class PdfLoader:
 
     media_type = "pdf"
     suffixes: tuple[str, ...] = (".pdf",)
-    version = 3
+    version = 4
 
     def load(self, file: Path, path: str) -> Document:
         import pypdfium2 as pdfium
@@ -96,8 +97,7 @@ class _Health:
 
     def __init__(self) -> None:
         self.empty: list[int] = []
-        self.scanned: list[int] = []
-        self.recognised: list[int] = []
+        self.scanned: dict[str, list[int]] = {}  # by what became of them
         self.garbled: list[int] = []
         self.broken: list[int] = []
 
@@ -105,11 +105,13 @@ class _Health:
     def unreadable(self) -> int:
         return len(self.broken)
 
+    def add_scan(self, page: int, outcome: str) -> None:
+        self.scanned.setdefault(outcome, []).append(page)
+
     def describe(self, total: int) -> list[str]:
         """One line for each kind of trouble."""
         said = [
-            (self.scanned, f"scanned, a picture without text; {SCANNED}"),
-            (self.recognised, "scanned and read by OCR, which makes mistakes"),
+            *((pages, f"scanned{outcome}") for outcome, pages in self.scanned.items()),
             (self.garbled, "garbled: the fonts don't say which characters they show"),
             (self.broken, "damaged and left out"),
             (self.empty, "empty"),
@@ -152,9 +154,15 @@ def _read_page(pdf: Any, index: int, health: _Health) -> PageText:
         if is_turned:
             width, height = height, width
         visible = sum(len(line.text.replace(" ", "")) for line in lines)
-        if visible < _MIN_VISIBLE and _picture_share(page, width * height) >= _SCAN_SHARE:
-            lines = _read_scan(page)
-            (health.recognised if lines else health.scanned).append(number)
+        share = _picture_share(page, width * height) if visible < _MAX_STAMP else 0.0
+        if visible < _MIN_VISIBLE and share >= _SCAN_SHARE or share >= _WHOLE_SHARE:
+            reading, outcome = _read_scan(page)
+            read = sum(len(line.text) for line in reading.lines)
+            if read > 2 * visible:
+                lines = reading.lines
+                width, height = page.get_size()
+            if read > 2 * visible or visible < _MIN_VISIBLE:
+                health.add_scan(number, outcome)
         elif not visible:
             health.empty.append(number)
         else:
@@ -167,12 +175,16 @@ def _read_page(pdf: Any, index: int, health: _Health) -> PageText:
         page.close()
 
 
-def _read_scan(page: Any) -> list[Line]:
-    """A scanned page's lines; none without an OCR program."""
+def _read_scan(page: Any) -> tuple[Reading, str]:
+    """What OCR reads on a scanned page, and for the report what became of it."""
     tesseract = find_tesseract()
     if tesseract is None:
-        return []
-    return tesseract.read(page.render(scale=DPI / 72, grayscale=True).to_pil())
+        return Reading(), f", a picture without text; {HOW_TO}"
+    reading = tesseract.read(page)
+    if not reading.lines:
+        return reading, f", {reading.trouble}"
+    chinese = "" if tesseract.reads_chinese else f" ({tesseract.languages} only; {ADD_CHINESE})"
+    return reading, f" and read by OCR{chinese}, which makes mistakes"
 
 
 def _picture_share(page: Any, area: float) -> float:
