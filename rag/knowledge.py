@@ -90,6 +90,7 @@ END;
 )
 _FACTS = "index"  # in meta: what the FAISS file holds, as JSON
 _AT_ONCE = 500  # rows asked for in one statement
+_LAST = "\U0010ffff"  # sorts after every other character
 _READ_AT_ONCE = 20_000  # vectors in memory while an index is built
 # Entries of the full-text index that one search goes through; about 40 ms of one core. A question's
 # commonest terms, which say the least, are left to the comparison of the candidates.
@@ -453,7 +454,7 @@ class KnowledgeBase:
                     vector.tobytes(),
                 ),
             ).lastrowid
-            place = f"{chunk.place} {_path_words(chunk.path)}"
+            place = f"{chunk.place} {path_words(chunk.path)}"
             connection.execute(
                 "INSERT INTO terms (rowid, place, body) VALUES (?, ?, ?)",
                 (row, " ".join(passage_terms(place)), " ".join(passage_terms(chunk.text))),
@@ -652,25 +653,36 @@ class KnowledgeBase:
 
     # searching
 
-    def search_dense(self, vectors: Vectors, k: int) -> Found:
-        """For each question vector (n, dim) up to k (row, cosine), best first."""
+    def search_dense(self, vectors: Vectors, k: int, *, under: str = "") -> Found:
+        """For each question vector (n, dim) up to k (row, cosine), best first.
+
+        `under`: only of files whose path begins so. All of those are then compared.
+        """
         with self.snapshot():
-            return self._current_view().search(vectors, k, self.vectors_of)
+            if not under:
+                return self._current_view().search(vectors, k, self.vectors_of)
+            query = "SELECT id FROM chunks WHERE path >= ? AND path < ?"
+            rows = [row for (row,) in self._connection.execute(query, (under, under + _LAST))]
+            overlay = Overlay.empty(self.dim).with_changes(rows, self.vectors_of(rows))
+            return DenseView(0, None, None, overlay).search(vectors, k, self.vectors_of)
 
     def search_terms(
-        self, terms: Sequence[str], k: int, *, place_weight: float = 1.0
+        self, terms: Sequence[str], k: int, *, place_weight: float = 1.0, under: str = ""
     ) -> list[tuple[int, float]]:
         """Up to k (row, BM25), best first, of chunks that hold any of the terms.
+
+        `under`: only of files whose path begins so.
 
         In a large base the commonest terms are left out, as far as it takes to keep this quick.
         """
         if not terms:
             return []
         match = " OR ".join(f'"{term}"' for term in self._selective(terms))
+        scope = "AND rowid IN (SELECT id FROM chunks WHERE path >= ? AND path < ?)" if under else ""
         rows = self._connection.execute(
-            "SELECT rowid, bm25(terms, ?, 1.0) AS cost FROM terms WHERE terms MATCH ? "
+            f"SELECT rowid, bm25(terms, ?, 1.0) AS cost FROM terms WHERE terms MATCH ? {scope} "
             "ORDER BY cost LIMIT ?",
-            (place_weight, match, k),
+            (place_weight, match, *((under, under + _LAST) if under else ()), k),
         )
         return [(row[0], -row[1]) for row in rows]
 
@@ -786,7 +798,7 @@ def _storable(text: str) -> str:
     return text
 
 
-def _path_words(path: str) -> str:
+def path_words(path: str) -> str:
     """A file's own name as words: `zh/02-词嵌入.md` -> `02 词嵌入`."""
     name = path.rsplit("/", 1)[-1]
     return name.rsplit(".", 1)[0].replace("-", " ").replace("_", " ")
