@@ -68,6 +68,7 @@ def create_engine(
             kv_tokens=kv_tokens,
             int8_kv=int8_kv,
             splicing=pooled if splice_passages else None,
+            graphs_of=pooled,
         )
     if bits:
         raise GeneratorError(

@@ -42,7 +42,6 @@ class Int8KVPool(KVPool):
             device=device,
             stored=torch.int8,
         )
-        self._dtype = dtype
         shape = (num_kv_heads, capacity, 1)
         kept = scale_dtype(dtype)
         self._key_scales = [torch.empty(shape, dtype=kept, device=of) for of in self.devices]
@@ -56,12 +55,12 @@ class Int8KVPool(KVPool):
     def keys(self, layer: int, start: int, end: int) -> torch.Tensor:
         """(kv heads, end - start, head dim), a copy."""
         part, scales = self._keys[layer][:, start:end], self._key_scales[layer][:, start:end]
-        return (part * scales).to(self._dtype)
+        return (part * scales).to(self.dtype)
 
     def values(self, layer: int, start: int, end: int) -> torch.Tensor:
         """(kv heads, end - start, head dim), a copy."""
         part, scales = self._values[layer][:, start:end], self._value_scales[layer][:, start:end]
-        return (part * scales).to(self._dtype)
+        return (part * scales).to(self.dtype)
 
     def padded_keys(self, layer: int, start: int, end: int) -> torch.Tensor:
         part, scales = self._keys[layer][:, start:end], self._key_scales[layer][:, start:end]
@@ -80,11 +79,11 @@ class Int8KVPool(KVPool):
 
     def gather_keys(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
         found = self._keys[layer].index_select(1, slots)
-        return (found * self._key_scales[layer].index_select(1, slots)).to(self._dtype)
+        return (found * self._key_scales[layer].index_select(1, slots)).to(self.dtype)
 
     def gather_values(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
         found = self._values[layer].index_select(1, slots)
-        return (found * self._value_scales[layer].index_select(1, slots)).to(self._dtype)
+        return (found * self._value_scales[layer].index_select(1, slots)).to(self.dtype)
 
     def write(
         self,

@@ -371,6 +371,7 @@ class KVPool:
         devices = [device] * num_layers if isinstance(device, torch.device) else list(device)
         assert len(devices) == num_layers, "a device for each layer"
         self.devices: list[torch.device] = devices
+        self.dtype = dtype  # of what is read
         self.padding = 64 if devices[0].type == "cpu" and dtype.itemsize == 2 else 1
         self._scratch = {of: torch.empty(0, dtype=dtype, device=of) for of in set(devices)}
         shape = (num_kv_heads, capacity, head_dim)

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from rag.engine.attention import SHORT_CHUNK, Chunk, attend, plan_attention
+from rag.engine.decode_graph import DecodeGraphs, PaddedStep, attend_padded
 from rag.engine.int8_pool import Int8KVPool
 from rag.engine.kvcache import Extent, KVPool
 from rag.engine.linear import Bits, Int4Linear, Int8Linear, PackedLinear, Product, make_linear
@@ -96,6 +97,7 @@ class DecoderModel:
         self._head = make_linear(model.lm_head.weight.detach(), head_bias, bits=head_bits)
         if release:
             model.lm_head.weight = None
+        self._graphs: DecodeGraphs | None = None
         self._layers: list[Layer] = []
         for layer in decoder.layers:
             self._layers.append(self._take_layer(layer, config))
@@ -163,6 +165,25 @@ class DecoderModel:
             device=self.device,
         )
 
+    def decoding_graphs(self, pool: KVPool, *, capture: bool) -> None:
+        """From now on take decoding steps over `pool`, whose last slot nobody else may use, at
+        fixed sizes. Does nothing for a model with sliding windows."""
+        if not self.has_windows:
+            self._graphs = DecodeGraphs(self._decode_padded, pool, capture=capture)
+
+    def _decode_padded(self, step: PaddedStep, pool: KVPool) -> torch.Tensor:
+        """Logits (B, vocabulary), float32. Nothing here depends on what the tensors hold."""
+        cos, sin = self._rotation(step.positions)
+        x = self._embedding[step.ids]
+        for index, layer in enumerate(self._layers):
+            h = F.rms_norm(x, x.shape[1:], layer.input_norm, self.eps)
+            queries = self._project(layer, index, h, cos, sin, step.written, pool)
+            mixed = attend_padded(queries, pool, index, step).transpose(0, 1)
+            x = self._mix(layer, x, mixed.reshape(len(x), -1))
+        last = F.rms_norm(x, x.shape[1:], self._norm, self.eps)
+        logits: torch.Tensor = self._head(last).float()
+        return logits
+
     def turn_keys(self, keys: torch.Tensor, by: int) -> torch.Tensor:
         """Keys (..., tokens, D) as they would be `by` positions further on."""
         angles = by * torch.cat((self._inv_freq, self._inv_freq)).to(keys.device)
@@ -178,6 +199,13 @@ class DecoderModel:
         Returns the logits (sum of num_logits, vocabulary), float32, chunk by chunk in the order
         given.
         """
+        if self._graphs is not None:
+            logits = self._graphs.run(chunks, lambda: self._forward(chunks, pool))
+            if logits is not None:
+                return logits
+        return self._forward(chunks, pool)
+
+    def _forward(self, chunks: Sequence[Chunk], pool: KVPool) -> torch.Tensor:
         plan = plan_attention(
             chunks,
             windows=[layer.window for layer in self._layers],
@@ -188,7 +216,7 @@ class DecoderModel:
         tokens = [token for chunk in ordered for token in chunk.tokens]
         positions = flat_positions(ordered)
         slots = new_slots(ordered, self.device)
-        cos, sin = self._rotation(positions)
+        cos, sin = self._rotation(torch.tensor(positions, dtype=torch.float32, device=self.device))
         # Rows that nobody reads: see KVPool.padding. Few rows come in few numbers anyway.
         padded = len(tokens)
         if padded > SHORT_CHUNK:
@@ -201,12 +229,16 @@ class DecoderModel:
             mixed = attend(queries, pool, index, plan.groups[layer.window])
             mixed = mixed.transpose(0, 1).reshape(len(tokens), -1)  # (T, heads * D)
             mixed = F.pad(mixed, (0, 0, 0, padded - len(tokens)))
-            x = x + layer.output(mixed)
-            h = F.rms_norm(x, x.shape[1:], layer.post_norm, self.eps)
-            h = layer.gate_up(h)
-            h = F.silu(h[:, : self._intermediate]).mul_(h[:, self._intermediate :])
-            x = x + layer.down(h)
+            x = self._mix(layer, x, mixed)
         return self._logits(x, ordered, plan.order)
+
+    def _mix(self, layer: Layer, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        """What comes behind attention: (T, hidden) with (T, heads * D) -> (T, hidden)."""
+        x = x + layer.output(mixed)
+        h = F.rms_norm(x, x.shape[1:], layer.post_norm, self.eps)
+        h = layer.gate_up(h)
+        h = F.silu(h[:, : self._intermediate]).mul_(h[:, self._intermediate :])
+        return x + layer.down(h)
 
     def _project(
         self,
@@ -233,10 +265,9 @@ class DecoderModel:
         grouped = queries.view(length, self.num_kv_heads, -1, self.head_dim)
         return grouped.transpose(0, 1).contiguous()
 
-    def _rotation(self, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and signed sin, each (T, 1, D)."""
-        at = torch.tensor(positions, dtype=torch.float32, device=self.device)
-        angles = at[:, None] * self._inv_freq  # (T, D / 2)
+    def _rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and signed sin, each (T, 1, D), for positions (T,), float32."""
+        angles = positions[:, None] * self._inv_freq  # (T, D / 2)
         cos, sin = angles.cos() * self._rope_scale, angles.sin() * self._rope_scale
         cos = torch.cat((cos, cos), dim=-1)[:, None]
         sin = torch.cat((-sin, sin), dim=-1)[:, None]

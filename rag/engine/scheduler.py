@@ -94,6 +94,12 @@ class TurningModel(PooledModel, Protocol):
     def turn_keys(self, keys: torch.Tensor, by: int) -> torch.Tensor: ...
 
 
+class GraphModel(PooledModel, Protocol):
+    """One that can decode at fixed sizes: DecoderModel."""
+
+    def decoding_graphs(self, pool: KVPool, *, capture: bool) -> None: ...
+
+
 class Call:
     """One call of `generate`: where its events go."""
 
@@ -214,16 +220,23 @@ class PooledEngine:
         limits: Limits | None = None,
         int8_kv: bool = False,
         splicing: TurningModel | None = None,
+        graphs_of: GraphModel | None = None,
     ) -> None:
         """`int8_kv` stores keys and values in 8 bits. With `splicing`, which is the model itself,
-        passages may be reused approximately, and as many tokens of them are kept again."""
+        passages may be reused approximately, and as many tokens of them are kept again. With
+        `graphs_of`, the model itself too, decoding goes at fixed sizes where the device is CUDA.
+        """
         self._model = model
         self.device = str(model.device)
         self.dtype = model.dtype_name
         self.context_length = context_length
         self.kv_tokens = max(kv_tokens, context_length)
         self.limits = limits or (CPU_LIMITS if model.device.type == "cpu" else GPU_LIMITS)
-        self._pool = model.new_pool(self.kv_tokens, int8=int8_kv)
+        graphs = graphs_of if model.device.type == "cuda" else None
+        # The slot behind all others is nobody's: what pads a step goes there.
+        self._pool = model.new_pool(self.kv_tokens + (graphs is not None), int8=int8_kv)
+        if graphs is not None:
+            graphs.decoding_graphs(self._pool, capture=True)
         self._int8_kv = int8_kv
         self._cache = PrefixCache(self.kv_tokens)
         self._splicing = splicing
