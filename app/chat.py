@@ -45,6 +45,7 @@ def main() -> None:
             inside_page.show, title=say("inside"), icon=":material/neurology:", url_path="inside"
         ),
     ]
+    st.session_state["pages"] = {"knowledge": pages[1], "inside": pages[2]}
     page = st.navigation(pages, position="hidden")
     sidebar.show(pages)
     page.run()

@@ -145,14 +145,17 @@ def _show_welcome(base: KnowledgeBase) -> None:
     )
     files = base.files()
     examples = [question for path, question in _EXAMPLES[session.language()] if path in files]
-    if not examples:
-        return
-    st.html(f'<div class="lr-label">{say("try_one")}</div>')
-    with st.container(key="examples"):
-        for number, question in enumerate(examples):
-            if st.button(question, key=f"example-{number}", width="stretch", wrap=True):
-                ask(question)
-                st.rerun()
+    if examples:
+        st.html(f'<div class="lr-label">{say("try_one")}</div>')
+        with st.container(key="examples"):
+            for number, question in enumerate(examples):
+                if st.button(question, key=f"example-{number}", width="stretch", wrap=True):
+                    ask(question)
+                    st.rerun()
+    if pages := st.session_state.get("pages"):
+        with st.container(key="first-steps"):
+            st.page_link(pages["knowledge"], label=say("add_own"), icon=":material/upload_file:")
+            st.page_link(pages["inside"], label=say("see_inside"), icon=":material/neurology:")
 
 
 # one turn

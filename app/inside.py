@@ -107,6 +107,7 @@ class Inspector:
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             raise GeneratorError(f"{name} can't be opened to look inside: {error}") from error
         self._model = model.eval()
+        self._histograms: tuple[Floats, dict[str, Floats]] | None = None
         self.architecture = _architecture(self._model.config.get_text_config(decoder=True))
 
     def tokenize(self, text: str) -> list[tuple[int, str]]:
@@ -129,6 +130,33 @@ class Inspector:
             kind = _kind(name)
             counts[kind] = counts.get(kind, 0) + parameter.numel()
         return counts
+
+    def weight_histograms(self, bins: int = 61) -> tuple[Floats, dict[str, Floats]]:
+        """Middles of the bins, and for each kind of module the share of its numbers in each bin.
+
+        At most 100,000 numbers of each tensor are counted, evenly taken. What lies outside of four
+        standard deviations of all weights counts into the outer bins. Norms, which lie around 1,
+        are left out.
+        """
+        if self._histograms is None:
+            samples: dict[str, list[Any]] = {}
+            for name, parameter in self._model.named_parameters():
+                kind = _kind(name)
+                if kind != "norms":
+                    flat = parameter.detach().flatten()
+                    samples.setdefault(kind, []).append(flat[:: max(1, len(flat) // 100_000)].numpy())
+            values = {kind: np.concatenate(parts) for kind, parts in samples.items()}
+            limit = 4 * max(float(np.concatenate(list(values.values())).std()), 1e-6)
+            edges = np.linspace(-limit, limit, bins + 1)
+            counts = {
+                kind: np.histogram(np.clip(own, -limit, limit), edges)[0] / len(own)
+                for kind, own in values.items()
+            }
+            self._histograms = (
+                ((edges[1:] + edges[:-1]) / 2).astype(np.float32),
+                {kind: count.astype(np.float32) for kind, count in counts.items()},
+            )
+        return self._histograms
 
     def inspect(
         self, prompt_ids: Sequence[int], prompt: Prompt, *, stop_ids: Sequence[int] = (),

@@ -18,12 +18,12 @@ from app.inside import (
     probabilities,
     weight_bytes,
 )
-from app.markup import escape, notice_html, size_text
+from app.markup import escape, notice_html, overlap_html, share_bars_html, size_text
 from app.session import say
 from app.texts import number
 from rag.errors import RagError
-from rag.generator import find_model
-from rag.prompt import build_prompt
+from rag.generator import Generator, find_model
+from rag.prompt import Prompt, build_prompt
 from rag.settings import Settings
 
 _ASK_FIRST = 3 * 2**30  # bytes of weights from which a second copy is not loaded unasked
@@ -43,6 +43,7 @@ class _Look:
     question: str
     question_tokens: list[tuple[int, str]]
     prompt: str
+    files: tuple[str, ...]  # of the passages, in their order
     inspection: Inspection
 
 
@@ -69,20 +70,22 @@ def show() -> None:
         if look is not None:
             _show_tokens(look)
             _show_written(look)
-            _show_attention(look.inspection)
+            _show_attention(look)
             _show_next_token(look.inspection, session.inspector(settings.generator))
+            _show_shared(look, settings, session.inspector(settings.generator).architecture)
         if look is not None or size <= _ASK_FIRST:
             with st.spinner(say("loading")):
                 inspector = session.inspector(settings.generator)
             _show_cache(inspector.architecture)
             _show_parameters(inspector.parameters())
+            _show_weights(inspector)
             _show_rope(inspector.architecture)
     except RagError as error:
         st.html(notice_html(say("failed"), str(error)))
 
 
-def _look(question: str, settings: Settings, inspector: Inspector) -> _Look | None:
-    """Search, build the prompt as an answer would get it, and read it with the second copy."""
+def _prompt(question: str, settings: Settings) -> tuple[Generator, Prompt] | None:
+    """Search and build the prompt as an answer would get it; None where nothing is found."""
     rag = session.model_store().rag(settings)
     hits = rag.retrieve(question)
     if not hits:
@@ -94,12 +97,23 @@ def _look(question: str, settings: Settings, inspector: Inspector) -> _Look | No
         budget=min(settings.max_prompt_tokens, generator.context_length - settings.max_new_tokens),
         count_tokens=generator.count_tokens,
     )
+    return generator, prompt
+
+
+def _look(question: str, settings: Settings, inspector: Inspector) -> _Look | None:
+    """Read the prompt with the second copy of the model."""
+    found = _prompt(question, settings)
+    if found is None:
+        return None
+    generator, prompt = found
     with _ONE_AT_A_TIME:
         inspection = inspector.inspect(
             generator.encode(prompt), prompt, stop_ids=generator.stop_ids
         )
-    shown = prompt.text or "\n\n".join(f"[{m.role}]\n{m.content}" for m in prompt.messages)
-    return _Look(question, inspector.tokenize(question), shown, inspection)
+    files = tuple(hit.chunk.path for hit in prompt.hits)
+    return _Look(
+        question, inspector.tokenize(question), generator.prompt_text(prompt), files, inspection
+    )
 
 
 def _heading(key: str, note: str) -> None:
@@ -141,7 +155,8 @@ def _part_name(part: int, inspection: Inspection) -> str:
     return say("part_written")
 
 
-def _show_attention(inspection: Inspection) -> None:
+def _show_attention(look: _Look) -> None:
+    inspection = look.inspection
     _heading("attention", say("attention_note"))
     num_layers, num_heads = inspection.steps[0].attention.shape[:2]
     average = say("average")
@@ -164,7 +179,10 @@ def _show_attention(inspection: Inspection) -> None:
         alt.Chart(pd.DataFrame(rows))
         .mark_rect(cornerRadius=2)
         .encode(
-            x=alt.X("part:N", sort=names, title=None, axis=alt.Axis(labelAngle=0, orient="top")),
+            x=alt.X(
+                "part:N", sort=names, title=None,
+                axis=alt.Axis(labelAngle=0, orient="top", labelOverlap=False, labelLimit=90),
+            ),
             y=alt.Y("step:N", sort=None, title=None, axis=alt.Axis(labelOverlap=False)),
             color=alt.Color("share:Q", scale=alt.Scale(scheme="tealblues"), title=say("share")),
             tooltip=[
@@ -178,8 +196,12 @@ def _show_attention(inspection: Inspection) -> None:
     by_passage = shares[:, 1 : inspection.num_passages + 1].sum(axis=0)
     if by_passage.sum() > 0:
         best = int(by_passage.argmax())
-        share = f"{by_passage[best] / by_passage.sum():.0%}"
-        st.html(f'<p class="lr-note">{say("leaned_on", passage=best + 1, share=share)}</p>')
+        by_passage = by_passage / by_passage.sum()
+        st.html(f'<p class="lr-note">{say("leaned_on", passage=best + 1, share=f"{by_passage[best]:.0%}")}</p>')
+        bars = [
+            (f"[{n}] {file}", float(share)) for n, (file, share) in enumerate(zip(look.files, by_passage), 1)
+        ]
+        st.html(share_bars_html(bars))
 
 
 def _show_next_token(inspection: Inspection, inspector: Inspector) -> None:
@@ -215,6 +237,34 @@ def _show_next_token(inspection: Inspection, inspector: Inspector) -> None:
         .properties(height=24 * len(rows) + 90)
     )
     st.altair_chart(chart, width="stretch")
+
+
+def _show_shared(look: _Look, settings: Settings, architecture: Architecture) -> None:
+    """How far the prompts of two questions are the same, so that the cache serves both."""
+    _heading("shared", say("shared_note"))
+    second = st.text_input(
+        say("shared_question"), placeholder=say("shared_question"), key="inside-second",
+        label_visibility="collapsed", max_chars=2000,
+    )
+    if not second.strip():
+        return
+    found = _prompt(second.strip(), settings)
+    if found is None:
+        return
+    generator, prompt = found
+    first, other = look.inspection.prompt_ids, generator.encode(prompt)
+    num_shared = next(
+        (n for n, (a, b) in enumerate(zip(first, other)) if a != b), min(len(first), len(other))
+    )
+    bars = [
+        (f"{question[:28]} ({number(len(ids))})", num_shared / max(len(first), len(other)),
+         len(ids) / max(len(first), len(other)))
+        for question, ids in ((look.question, first), (second.strip(), other))
+    ]
+    st.html(overlap_html(bars))
+    saved = size_text(architecture.cache_bytes(num_shared))
+    line = say("shared_found", count=number(num_shared), total=number(len(other)), saved=saved)
+    st.html(f'<p class="lr-note">{escape(line)}</p>')
 
 
 def _show_cache(architecture: Architecture) -> None:
@@ -267,6 +317,31 @@ def _show_parameters(counts: dict[str, int]) -> None:
             tooltip=["module:N", alt.Tooltip("count:Q", format=",")],
         )
         .properties(height=26 * len(rows) + 20)
+    )
+    st.altair_chart(chart, width="stretch")
+
+
+def _show_weights(inspector: Inspector) -> None:
+    """How the numbers of each kind of module are spread."""
+    _heading("weights", say("weights_note"))
+    is_chinese = session.language() == "zh"
+    middles, spread = inspector.weight_histograms()
+    rows = [
+        {"module": _MODULES_ZH.get(kind, kind) if is_chinese else kind, "value": float(middle),
+         "density": float(density)}
+        for kind, densities in spread.items()
+        for middle, density in zip(middles, densities)
+    ]
+    chart = (
+        alt.Chart(pd.DataFrame(rows))
+        .mark_line(strokeWidth=2, interpolate="monotone")
+        .encode(
+            x=alt.X("value:Q", title=say("weight_value")),
+            y=alt.Y("density:Q", title=None, axis=alt.Axis(format=".0%")),
+            color=alt.Color("module:N", title=None, legend=alt.Legend(orient="top", columns=4)),
+            tooltip=["module:N", alt.Tooltip("value:Q", format=".3f"), alt.Tooltip("density:Q", format=".1%")],
+        )
+        .properties(height=260)
     )
     st.altair_chart(chart, width="stretch")
 

@@ -84,6 +84,28 @@ def progress_html(
     )
 
 
+def share_bars_html(bars: Sequence[tuple[str, float]]) -> str:
+    """A bar for each (name, share of the whole)."""
+    rows = "".join(
+        f'<div class="lr-share"><span>{escape(name)}</span><span class="lr-track">'
+        f'<i class="lr-bar" style="width:{100 * share:.1f}%"></i></span>'
+        f'<span class="lr-seconds">{share:.0%}</span></div>'
+        for name, share in bars
+    )
+    return f"<div>{rows}</div>"
+
+
+def overlap_html(bars: Sequence[tuple[str, float, float]]) -> str:
+    """A bar for each (name, where its shared part ends, where it ends), shares of the longest."""
+    rows = "".join(
+        f'<div class="lr-share"><span>{escape(name)}</span><span class="lr-track">'
+        f'<i class="lr-bar" style="width:{100 * shared:.1f}%"></i>'
+        f'<i class="lr-bar lr-bar-prefill" style="width:{100 * (whole - shared):.1f}%"></i></span></div>'
+        for name, shared, whole in bars
+    )
+    return f"<div>{rows}</div>"
+
+
 def copy_html(answer_text: str, language: InterfaceLanguage) -> str:
     """A button that puts the text on the clipboard; the page's script listens for it."""
     return (

@@ -21,6 +21,8 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "you": ("You", "你"),
     "answer": ("Answer", "回答"),
     "try_one": ("Questions to start with", "可以先问这些"),
+    "add_own": ("Add your own documents", "添加自己的文档"),
+    "see_inside": ("See how the model reads and writes", "看看模型怎样读和写"),
     # stages of an answer
     "queued": ("Waiting: {count} before this one", "排队中，前面还有 {count} 个问题"),
     "next": ("Next in line", "下一个就轮到"),
@@ -258,8 +260,8 @@ _TEXTS: dict[str, tuple[str, str]] = {
     ),
     "attention": ("Where attention goes", "注意力去了哪里"),
     "attention_note": (
-        "Each row is a written token, each column a part of the prompt. The darker the cell, the more that part was attended to.",
-        "每行是一个写出的词元，每列是提示的一部分。颜色越深，得到的注意力越多。",
+        "Each row is a written token, each column a part of the prompt: the question with any instructions, the passages, and what was written before. The stronger the colour, the more attention that part got.",
+        "每行是一个写出的词元，每列是提示的一部分：问题（连同指令）、各段落、以及之前已写出的内容。颜色越重，得到的注意力越多。",
     ),
     "leaned_on": (
         "Of the attention that went to passages, most went to passage {passage}: {share}.",
@@ -268,9 +270,9 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "layer": ("Layer", "层"),
     "head": ("Head", "头"),
     "average": ("average", "平均"),
-    "part_rest": ("instructions, question", "指令与问题"),
-    "part_passage": ("passage {number}", "段落 {number}"),
-    "part_written": ("written before", "已写出的"),
+    "part_rest": ("question", "问题"),
+    "part_passage": ("[{number}]", "[{number}]"),
+    "part_written": ("written", "已写出"),
     "token": ("token", "词元"),
     "part": ("part", "部分"),
     "share": ("share", "占比"),
@@ -290,6 +292,22 @@ _TEXTS: dict[str, tuple[str, str]] = {
     ),
     "this_model": ("this model", "这个模型"),
     "tokens_axis": ("tokens", "词元数"),
+    "shared": ("What two prompts share", "两个提示共用的部分"),
+    "shared_note": (
+        "Keys and values of the same beginning are computed once and serve both. Green is what the two have in common.",
+        "开头相同的部分，键和值只算一次，两个提示共用。绿色是相同的部分。",
+    ),
+    "shared_question": ("Another question to compare with", "再输入一个问题，与上面的比较"),
+    "shared_found": (
+        "The first {count} of {total} tokens are the same: {saved} of cache that need not be computed again.",
+        "{total} 个词元中前 {count} 个相同，这 {saved} 的缓存不用重算。",
+    ),
+    "weights": ("How the weights are spread", "权重的分布"),
+    "weights_note": (
+        "The share of each module's numbers by their value. Narrow curves hold many numbers near zero; they lose least when rounded to fewer bits.",
+        "各模块的数值按大小的分布。曲线越窄，接近零的数越多，量化到更少位数时损失越小。",
+    ),
+    "weight_value": ("value of a weight", "权重的值"),
     "parameters": ("Parameters by module", "各模块的参数量"),
     "parameters_note": (
         "{total} parameters. In small models the embedding table weighs most, in large ones the feed-forward layers.",

@@ -65,6 +65,15 @@ def test_the_steps_are_what_the_model_writes_greedily(inspector: Inspector) -> N
     assert [step.token_id for step in found.steps] == expected[len(ids):]
 
 
+def test_the_spread_of_every_kind_of_weights_sums_to_one(inspector: Inspector) -> None:
+    middles, spread = inspector.weight_histograms(bins=5)
+    assert middles.shape == (5,) and middles[2] == pytest.approx(0.0, abs=1e-6)
+    assert "norms" not in spread and {"embedding", "query", "feed-forward"} <= set(spread)
+    for shares in spread.values():
+        assert shares.sum() == pytest.approx(1.0, abs=1e-5)
+        assert shares.argmax() == 2  # normal around zero
+
+
 def test_a_prompt_too_long_to_keep_its_attention_is_refused(inspector: Inspector) -> None:
     with pytest.raises(GeneratorError, match="5000 tokens; up to 4096"):
         inspector.inspect([1] * 5000, make_prompt())

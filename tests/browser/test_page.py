@@ -206,7 +206,9 @@ def test_a_chinese_pdf_from_its_upload_to_its_deletion(visit: Any, tmp_path: Pat
     assert chinese.wait_for_answers(2)[0] == answer
     # deleted, it is gone from retrieval
     chinese.go_to("知识库")
-    page.locator('[class*="st-key-remove-names"] input').fill("缓存讲义")
+    uploads = page.locator('[class*="st-key-remove-names"] input')
+    uploads.click()
+    uploads.press_sequentially("缓存")
     page.get_by_role("option", name="缓存讲义").click()
     page.locator(".st-key-remove-files button").click()
     page.get_by_text(re.compile("删除 1$")).wait_for()
