@@ -1,4 +1,4 @@
-"""python -m rag ask | batch | retrieve | eval | questions | doctor"""
+"""python -m rag ask | batch | retrieve | eval | questions | calibrate | doctor"""
 
 from __future__ import annotations
 
@@ -90,10 +90,16 @@ def _parser() -> argparse.ArgumentParser:
                            help="share of them that the documents don't answer (default: 0.25)")
     questions.set_defaults(run=_questions)
 
+    calibrate = commands.add_parser("calibrate", help="fit on your documents when a question is refused")
+    calibrate.add_argument("--questions", type=Path, metavar="FILE.jsonl",
+                           help="questions of your own, as for `eval` (default: made of the documents)")
+    calibrate.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    calibrate.set_defaults(run=_calibrate)
+
     doctor = commands.add_parser("doctor", help="check settings, knowledge base and models; repair")
     doctor.set_defaults(run=_doctor)
 
-    for command in (ask, retrieve, batch, evaluate, questions, doctor):
+    for command in (ask, retrieve, batch, evaluate, questions, calibrate, doctor):
         _add_settings(command)
     return parser
 
@@ -304,11 +310,11 @@ def _print_comparison(comparison: Comparison) -> None:
 
 
 def _questions(options: argparse.Namespace, settings: Settings) -> int:
-    from rag.knowledge import KnowledgeBase
     from rag.questions import make_questions
+    from rag.store import open_store
 
     made = make_questions(
-        KnowledgeBase.open(settings.kb), count=options.count, unanswerable=options.unanswerable, seed=settings.seed
+        open_store(settings), count=options.count, unanswerable=options.unanswerable, seed=settings.seed
     )
     with _writable(options.target) as out:
         for number, each in enumerate(made, 1):
@@ -322,14 +328,51 @@ def _questions(options: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+def _calibrate(options: argparse.Namespace, settings: Settings) -> int:
+    from tqdm import tqdm
+
+    from rag.calibrate import calibrate, made_questions, own_questions
+    from rag.evaluation import EvalQuestion
+    from rag.knowledge import KnowledgeBase
+
+    base = KnowledgeBase.open(settings.kb)
+    if options.questions:
+        brought = parse_lines(options.questions, lambda number, row: EvalQuestion.parse(row, number))
+        asked = own_questions(base, brought)
+        if len(asked) < len(brought):
+            print(f"{len(brought) - len(asked)} of {len(brought)} questions don't say where their answer stands "
+                  "and are left out", file=sys.stderr)
+    else:
+        asked = made_questions(base, seed=settings.seed)
+    with tqdm(total=len(asked), unit="question", file=sys.stderr) as bar:
+        found, supports, path = calibrate(settings, asked, progress=lambda: bar.update(1))
+    print(f"{found.answerable} questions with and {found.unanswerable} without an answer "
+          f"({len(supports.hidden)} of these by hiding the passage that answers)")
+    print(f"left out: {supports.lost} whose passage is not found, {supports.still_there} that something else answers\n")
+    print(f"{'threshold':>10}{'coverage':>10}{'risk':>10}{'kept':>10}{'refused':>10}")
+    nearest = min(found.curve, key=lambda point: abs(point.threshold - found.threshold))
+    for point in found.curve:
+        if point is nearest or round(point.threshold * 50) % 5 == 0:
+            print(f"{point.threshold:10.2f}{point.coverage:10.3f}{point.risk:10.3f}{point.kept:10.3f}"
+                  f"{point.refused:10.3f}{'  <' if point is nearest else ''}")
+    print(f"\nthreshold {found.threshold:.3f} (built in: {found.built_in:.3f}); balanced accuracy "
+          f"{found.balanced_accuracy:.3f} on questions it was not fitted on (built in: "
+          f"{found.built_in_balanced_accuracy:.3f})\nkept in {path}; delete that file to go back")
+    if not options.questions:
+        print("Made questions stand in for those of people. Some 50 of your own, with --questions, fit better.")
+    if options.json:
+        print(json.dumps(asdict(found), ensure_ascii=False))
+    return 0
+
+
 def _doctor(options: argparse.Namespace, settings: Settings) -> int:
     from rag.embedder import load_embedder
-    from rag.knowledge import KnowledgeBase
+    from rag.store import open_store
 
     print("settings")
     for name, value in asdict(settings).items():
         print(f"  {name:20} {value}")
-    base = KnowledgeBase.open(settings.kb)
+    base = open_store(settings)
     files = base.files()
     failed = [record for record in files.values() if record.status == "failed"]
     print(f"knowledge base {settings.kb}: {len(files)} files, {base.count_chunks()} chunks, "
@@ -340,11 +383,12 @@ def _doctor(options: argparse.Namespace, settings: Settings) -> int:
     for problem in problems:
         print(f"  problem: {problem}")
     state = base.index_state()
-    print(f"  FAISS file: {state}")
+    index = "FAISS file" if settings.store == "embedded" else "counts of terms"
+    print(f"  {index}: {state}")
     if state != "current":
         with base.writing():
             base.publish()
-        print(f"  FAISS file: written again from SQLite, now {base.index_state()}")
+        print(f"  {index}: made again from what is stored, now {base.index_state()}")
     if facts := base.index_facts():
         print(f"  FAISS file: {facts.describe()}")
     base.check_embedder(load_embedder(settings.embedder, device=settings.device))

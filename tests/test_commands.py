@@ -148,6 +148,11 @@ def test_questions_are_made_of_the_documents_and_eval_reads_them(base, model, tm
     assert json.loads(done.stdout.splitlines()[-1])["hit@1"] == 1.0
 
 
+def test_calibrate_says_how_many_questions_are_missing(base):
+    done = run("rag", "calibrate", "--kb", base, code=1)
+    assert "a fit needs 20 of each" in done.stderr and not (base / "refusal.json").exists()
+
+
 def test_doctor_repairs_the_index_file(base, model):
     (base / "vectors.faiss").write_bytes(b"broken")
     done = run("rag", "doctor", "--kb", base, "--generator", model)
