@@ -218,6 +218,29 @@ def test_a_question_overtakes_a_batch() -> None:
     assert len(finishes(list(events))) == 40
 
 
+@pytest.mark.parametrize("full", ["slots", "rows"])
+def test_a_question_overtakes_a_batch_that_has_taken_everything(full: str) -> None:
+    """One row of the batch is set back for it, instead of some 150 steps until a row ends; and is
+    right in the end all the same."""
+    model = make_random_model("llama")
+    limits = {"kv": 640} if full == "slots" else {"rows": 4, "rows_per_call": 4}
+    engine = make_engine(draft_tokens=0, **limits)
+    rng = random.Random(6)
+    batch = [Request(str(i), tuple(rng.randint(8, 407) for _ in range(50)), 150) for i in range(8)]
+    events = engine.generate(batch)
+    first = [next(events) for _ in range(6)]
+    assert engine.stats().running == (3 if full == "slots" else 4)
+    assert engine.stats().preemptions == 0
+    found = list(engine.generate([Request("question", prompts()[1], 5)]))
+    assert tokens_of(found)["question"] == reference(model, prompts()[1], 5)
+    assert engine.stats().preemptions == 1
+    told = tokens_of([*first, *events])
+    for request in batch[:3]:
+        assert told[request.id] == reference(model, request.prompt_ids, 150)
+    assert len(told) == 8
+    assert_empty(engine)
+
+
 def test_a_crash_reaches_every_waiting_caller_and_the_engine_recovers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -362,12 +362,12 @@ class PooledEngine:
 
     def _submit(self, rows: list[Row]) -> None:
         with self._wake:
+            if self._stopping:
+                raise GeneratorError("the engine was closed; load the generator again.")
             for row in rows:
                 self._numbers += 1
                 row.number = self._numbers
             self._waiting.extend(rows)
-            if self._stopping:
-                raise GeneratorError("the engine was closed; load the generator again.")
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="rag-engine", daemon=True)
                 self._thread.start()
@@ -423,26 +423,38 @@ class PooledEngine:
     def _drop_cancelled(self) -> None:
         with self._wake:
             waiting = [row for row in self._waiting if row.cancelled]
-            self._waiting = [row for row in self._waiting if not row.cancelled]
             running = [row for row in self._running if row.cancelled]
-        for row in waiting:
+        for row in (*waiting, *running):
             self._finish(row, "cancelled")
-        for row in running:
-            self._finish(row, "cancelled")
+        # Only now: a row that is in neither list would hear nothing of a crash.
+        with self._wake:
+            self._waiting = [row for row in self._waiting if row not in waiting]
 
     # admission
 
     def _admit(self) -> None:
         """Give free rows to waiting requests: the call with the fewest rows first, and within a
         call the longest cached beginning, unless a running row is just computing more of it."""
-        while self._waiting and len(self._running) < self.limits.rows:
+        while self._waiting:
             row = self._next_waiting()
-            if row is None or not self._start(row):
+            if row is None:
                 return
+            while len(self._running) >= self.limits.rows or not self._start(row):
+                if not self._make_way(row):
+                    return
             with self._wake:
                 self._waiting.remove(row)
                 self._running.append(row)
             row.call.running += 1
+
+    def _make_way(self, row: Row) -> bool:
+        """Where a call has no row running at all, set back the youngest of the call that has most:
+        a question need not wait until a row of a batch is done. False: nobody has two."""
+        several = [other for other in self._running if other.call.running > 1]
+        if row.call.running or not several:
+            return False
+        self._set_back(max(several, key=lambda other: (other.call.running, other.number)))
+        return True
 
     def _next_waiting(self) -> Row | None:
         with self._wake:
