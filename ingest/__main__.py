@@ -180,9 +180,9 @@ def _print_health(settings: Settings, *, as_json: bool) -> int:
     from dataclasses import asdict
 
     from ingest.report import format_health
-    from rag.knowledge import KnowledgeBase
+    from rag.store import open_store
 
-    records = list(KnowledgeBase.open(settings.kb).files().values())
+    records = list(open_store(settings).files().values())
     print(format_health(records))
     if as_json:
         print(_to_json({"files": [asdict(record) for record in records]}))

@@ -27,8 +27,9 @@ from ingest.splitter import split_document
 from rag.document import Chunk, Document
 from rag.embedder import Embedder, StaticEmbedder, Vectors, load_embedder
 from rag.errors import EmbedderError, InputError, KnowledgeBaseError
-from rag.knowledge import DATABASE, FileRecord, KnowledgeBase
+from rag.knowledge import FileRecord
 from rag.settings import Settings
+from rag.store import Store, create_store, find_store
 
 _BATCH_CHUNKS = 512  # embedded together, of as many files as it takes
 _BATCH_CHARACTERS = 4_000_000  # held in memory before they are stored
@@ -129,8 +130,7 @@ class _Run:
 
     def preview(self) -> SyncReport:
         """What `apply` would do, by hashes alone."""
-        folder = Path(self._settings.kb)
-        base = KnowledgeBase.open(folder) if (folder / DATABASE).is_file() else None
+        base = find_store(self._settings)
         known = base.files() if base else {}
         plan = self._make_plan(known, base.meta(META_KEY) if base else None)
         for task in plan.tasks:
@@ -141,7 +141,7 @@ class _Run:
         return self._report(sum(record.chunks for record in known.values()), is_dry_run=True)
 
     def apply(self, *, reembed: bool) -> SyncReport:
-        base = KnowledgeBase.create(Path(self._settings.kb))
+        base = create_store(self._settings)
         try:
             return self._apply(base, reembed=reembed)
         except sqlite3.OperationalError as error:  # the disk is full, a quota, a file is locked
@@ -150,7 +150,7 @@ class _Run:
                 "before is whole; make room or check the folder's rights, and run this again."
             ) from error
 
-    def _apply(self, base: KnowledgeBase, *, reembed: bool) -> SyncReport:
+    def _apply(self, base: Store, *, reembed: bool) -> SyncReport:
         with base.writing():
             if reembed:
                 self._reembed(base)
@@ -223,7 +223,7 @@ class _Run:
 
     # doing
 
-    def _carry_out(self, plan: _Plan, base: KnowledgeBase, known: dict[str, FileRecord]) -> None:
+    def _carry_out(self, plan: _Plan, base: Store, known: dict[str, FileRecord]) -> None:
         roots_text = plan.roots.to_json(Path(self._settings.kb))
         if base.meta(META_KEY) != roots_text:
             base.set_meta(META_KEY, roots_text)
@@ -259,7 +259,7 @@ class _Run:
         self._store(batch, base)
 
     def _load(
-        self, tasks: Sequence[_Task], base: KnowledgeBase
+        self, tasks: Sequence[_Task], base: Store
     ) -> Iterator[tuple[_Task, ParsedFile]]:
         """Documents from the base where only the splitting changed, else from the files."""
         by_path = {task.source.path: task for task in tasks if not task.is_text_known}
@@ -271,7 +271,7 @@ class _Run:
             for parsed in pool.parse([task.source for task in by_path.values()]):
                 yield by_path[parsed.source.path], parsed
 
-    def _prepare(self, task: _Task, parsed: ParsedFile, base: KnowledgeBase) -> _Prepared | None:
+    def _prepare(self, task: _Task, parsed: ParsedFile, base: Store) -> _Prepared | None:
         """Split a document; a file without one is recorded as failed."""
         record = FileRecord(
             path=task.source.path, sha256=task.sha256, size=task.source.size, status="ok",
@@ -310,7 +310,7 @@ class _Run:
                 "reads; their ends are found by words only"
             )
 
-    def _store(self, batch: Sequence[_Prepared], base: KnowledgeBase) -> None:
+    def _store(self, batch: Sequence[_Prepared], base: Store) -> None:
         if not batch:
             return
         rest = [item for item in batch if item.vectors is None]
@@ -373,11 +373,11 @@ class _Run:
             )
         return min(self._settings.chunk_tokens, limit - _SPECIAL_TOKENS)
 
-    def _keep_budget(self, base: KnowledgeBase) -> None:
+    def _keep_budget(self, base: Store) -> None:
         if base.meta(_BUDGET_KEY) != str(self._chunk_budget):
             base.set_meta(_BUDGET_KEY, str(self._chunk_budget))
 
-    def _reembed(self, base: KnowledgeBase) -> None:
+    def _reembed(self, base: Store) -> None:
         """Embed what is stored anew. No file is read; texts are split again if the limit changed."""
         if base.meta("embedder_fingerprint") == self._embedder.fingerprint:
             return

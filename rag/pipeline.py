@@ -23,12 +23,12 @@ from rag.evidence import (
     support_probability,
 )
 from rag.followup import search_question
-from rag.knowledge import KnowledgeBase
 from rag.language import REFUSAL
 from rag.prompt import Prompt, build_prompt
 from rag.retriever import Retrieval, Retriever
 from rag.settings import Settings
 from rag.stopping import Stop
+from rag.store import Store, open_store
 
 if TYPE_CHECKING:
     from rag.generator import GenerationResult, Generator
@@ -57,7 +57,7 @@ class Rag:
     Safe to share between threads.
     """
 
-    def __init__(self, base: KnowledgeBase, embedder: Embedder, settings: Settings) -> None:
+    def __init__(self, base: Store, embedder: Embedder, settings: Settings) -> None:
         self.base = base
         self.embedder = embedder
         self.settings = settings
@@ -79,7 +79,7 @@ class Rag:
         chosen = settings or Settings.load(**overrides)
         if kb is not None:
             chosen = replace(chosen, kb=str(kb))
-        base = KnowledgeBase.open(chosen.kb)
+        base = open_store(chosen)
         return cls(base, load_embedder(chosen.embedder, device=chosen.device), chosen)
 
     @property

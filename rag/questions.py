@@ -18,10 +18,10 @@ from typing import Any
 
 from rag.document import Document
 from rag.errors import InputError
-from rag.knowledge import KnowledgeBase
 from rag.language import detect_language
 from rag.question_templates import BASE_FORMS, MONTH, Draft, drafts
 from rag.sentences import sentence_spans
+from rag.store import Store
 from rag.terms import HAN, passage_terms, question_terms
 
 
@@ -56,7 +56,7 @@ class MadeQuestion:
 
 
 def make_questions(
-    base: KnowledgeBase, *, count: int = 200, unanswerable: float = 0.25, seed: int = 0
+    base: Store, *, count: int = 200, unanswerable: float = 0.25, seed: int = 0
 ) -> list[MadeQuestion]:
     """Up to `count` questions, `unanswerable` of them (a share) without an answer, files in turn.
 
@@ -168,7 +168,7 @@ _LATIN_IN_CHINESE = re.compile(r"(?<![（(A-Za-z0-9])[A-Za-z][A-Za-z0-9@_.+-]*(?
 
 
 def _without_answer(
-    base: KnowledgeBase, pool: Sequence[MadeQuestion], rng: random.Random, wanted: int
+    base: Store, pool: Sequence[MadeQuestion], rng: random.Random, wanted: int
 ) -> Iterator[MadeQuestion]:
     unused: list[str] = []
     made_already: set[str] = set()
@@ -227,7 +227,7 @@ def _swappable(question: str, chinese: bool) -> tuple[int, int] | None:
     return match.span(1) if match else None
 
 
-def _absent_names(base: KnowledgeBase, names: Sequence[str]) -> list[str]:
+def _absent_names(base: Store, names: Sequence[str]) -> list[str]:
     """Those of the names that the documents hold nowhere."""
     counts = base.term_counts(sorted({term for name in names for term in passage_terms(name)}))
     return [name for name in names if not all(counts.get(term, 0) for term in passage_terms(name))]

@@ -12,11 +12,12 @@ from rag.answer import Hit
 from rag.document import Chunk
 from rag.embedder import Embedder
 from rag.errors import InputError
-from rag.knowledge import KnowledgeBase, StoredChunk
+from rag.knowledge import StoredChunk
 from rag.language import Language, detect_language
 from rag.ranking import CLOSE, FEATURES, Candidate, match_features, rank, rank_closely
 from rag.sentences import best_sentence_start
 from rag.soft_match import bundled_table
+from rag.store import Store
 from rag.term_weights import background, term_weights
 from rag.terms import question_terms
 
@@ -60,7 +61,7 @@ class _CollectionFacts:
 class Retriever:
     """Searches one knowledge base with the embedder it was built with."""
 
-    def __init__(self, base: KnowledgeBase, embedder: Embedder) -> None:
+    def __init__(self, base: Store, embedder: Embedder) -> None:
         base.check_embedder(embedder)
         background()  # read now, so that the first question is as quick as the rest
         bundled_table()
