@@ -42,7 +42,8 @@ from rag.knowledge import FileRecord, StoredChunk, path_words
 from rag.terms import passage_terms
 
 try:
-    from pymilvus import DataType, MilvusClient
+    from grpc import RpcError
+    from pymilvus import DataType, MilvusClient, MilvusException
 except ImportError as error:  # pragma: no cover
     raise KnowledgeBaseError(
         "store is 'milvus', but pymilvus is not installed. Run: pip install 'local-rag[milvus]'"
@@ -90,6 +91,30 @@ class _Stored:
         return range(self.first_row, self.first_row + self.record.chunks)
 
 
+_File = tuple[FileRecord, Document, Sequence[Chunk], Vectors]
+
+
+class _Calls:
+    """The client, whose failures become KnowledgeBaseErrors."""
+
+    def __init__(self, client: MilvusClient, uri: str) -> None:
+        self._client, self._uri = client, uri
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        call = getattr(self._client, name)
+
+        def checked(*arguments: Any, **options: Any) -> Any:
+            try:
+                return call(*arguments, **options)
+            except (MilvusException, RpcError) as error:
+                raise KnowledgeBaseError(
+                    f"Milvus at {self._uri} failed to {name.replace('_', ' ')}: {error}. What was stored "
+                    "before is there; see to the server, then run this again."
+                ) from error
+
+        return checked
+
+
 class MilvusStore:
     """A knowledge base in Milvus, with the methods of rag.store.Store.
 
@@ -112,16 +137,18 @@ class MilvusStore:
             Path(self.uri).absolute().parent.mkdir(parents=True, exist_ok=True)
         self._dense_index = "AUTOINDEX" if is_server else "FLAT"
         try:
-            self._client = MilvusClient(self.uri, token=os.environ.get("MILVUS_TOKEN", ""))
+            client = MilvusClient(self.uri, token=os.environ.get("MILVUS_TOKEN", ""))
         except Exception as error:  # pymilvus raises several kinds, grpc its own
             hint = "Is the server running?" if is_server else (
                 "A Milvus file is opened by one process at a time, and needs: pip install milvus-lite"
             )
             raise KnowledgeBaseError(f"{self.uri} can't be opened: {error}. {hint}") from error
+        self._client: Any = _Calls(client, self.uri)
         self._local = threading.local()
         self._lock: filelock.FileLock | None = None
         self._writer_key = f"{socket.gethostname()} pid {os.getpid()} {id(self)}"
         self._lease_until = 0.0
+        self._gathered: list[_File] | None = None  # files put inside `together`
         self._counted: Counter[int] = Counter()  # changes of term counts that aren't stored yet
 
     # opening
@@ -300,10 +327,26 @@ class MilvusStore:
         finally:
             self._local.state = None
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Store the files that are put inside in few calls, at the end."""
+        self._gathered = []
+        try:
+            yield
+            self._put_gathered()
+        finally:
+            self._gathered = None
+
+    def _put_gathered(self) -> None:
+        files, self._gathered = self._gathered, None
+        if files:
+            self.put_files(files)
+
     def _begin_change(self, new_rows: int = 0) -> _State:
         """Raise the generation and reserve rows, before anything is written."""
         if self._lock is None:
             raise KnowledgeBaseError("the knowledge base is changed only inside `with store.writing():`.")
+        self._put_gathered()  # changes are made in the order they came
         if time.time() > self._lease_until - _LEASE / 2:
             self._take_lease()
         state = self._state()
@@ -516,11 +559,14 @@ class MilvusStore:
         self, record: FileRecord, document: Document, chunks: Sequence[Chunk], vectors: Vectors
     ) -> None:
         """Store a file in place of what was there under its path. vectors: float32 (chunks, dim)."""
+        if self._gathered is not None:
+            if any(record.path == other.path for other, *_ in self._gathered):
+                raise ValueError(f"{record.path} is put twice inside `together`")
+            self._gathered.append((record, document, chunks, vectors))
+            return
         self.put_files([(record, document, chunks, vectors)])
 
-    def put_files(
-        self, files: Sequence[tuple[FileRecord, Document, Sequence[Chunk], Vectors]]
-    ) -> None:
+    def put_files(self, files: Sequence[_File]) -> None:
         """`put_file` for several, in few calls."""
         rows: list[dict[str, Any]] = []
         records: dict[str, str] = {}
@@ -650,7 +696,7 @@ class MilvusStore:
         ]
         for begin in range(0, len(rows), _TERMS_AT_ONCE):
             self._client.upsert(self._terms, rows[begin : begin + _TERMS_AT_ONCE])
-        self._delete(self._terms, [row["key"] for row in rows if row["count"] == 0])
+        self._delete(self._terms, [key for key in changed if before.get(key, 0) + changed[key] == 0])
         self._counted.clear()
         state = self._state()
         if total or not state.is_counted:

@@ -267,6 +267,23 @@ def test_a_file_put_again_replaces_what_it_had(store):
     assert store.check() == []
 
 
+def test_files_put_together_are_all_there_afterwards(store):
+    """One of them in place of a file that was there."""
+    with store.writing():
+        with store.together():
+            for path in ("b.txt", "c.txt", "d.txt"):
+                text = f"all new in {path[0]}x"
+                store.put_file(
+                    FileRecord(path, "h", 1, "ok"), Document(path, text, "txt"),
+                    [Chunk(path, text, 0, len(text))], WORDS.embed_passages([text]),
+                )
+        store.publish()
+    assert list(store.files()) == ["a.txt", "b.txt", "c.txt", "d.txt"]
+    assert store.count_chunks() == 5
+    assert store.term_counts(["new", "cherri"]) == {"new": 3, "cherri": 0}
+    assert by_terms(store, "cx") == ["all new in cx"]
+
+
 def test_a_removed_file_leaves_nothing(store):
     change(store, lambda: store.remove_file("a.txt"))
     assert list(store.files()) == ["b.txt"]
