@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = Settings.load(
             kb=options.kb, embedder=options.embedder, chunk_tokens=options.chunk_tokens
         )
+        if options.copy_to_milvus:
+            return _copy_to_milvus(options, settings)
         if options.report:
             return _print_health(settings, as_json=options.json)
         return _run(options, settings)
@@ -75,6 +77,9 @@ def _make_parser() -> argparse.ArgumentParser:
         help="also delete from the base what came from folders that are gone")
     add("--watch", action="store_true", help="go on, and ingest again whenever a file changes")
     add("--report", action="store_true", help="show the health of every file in the base, and end")
+    add("--copy-to-milvus", metavar="URI",
+        help="copy the knowledge base in --kb to Milvus, nothing embedded again, and end; URI is a file "
+        "NAME.db or http://host:19530, with #BASE for one of several")
     add("--include", action="append", default=[], metavar="GLOB",
         help="ingest only files that match (may be given several times; default: all)")
     add("--exclude", action="append", default=[], metavar="GLOB",
@@ -174,6 +179,22 @@ class _ProgressBar:
         assert isinstance(self._bar, tqdm)
         self._bar.set_postfix_str(progress.path[-40:], refresh=False)
         self._bar.update(progress.done - self._bar.n)
+
+
+def _copy_to_milvus(options: argparse.Namespace, settings: Settings) -> int:
+    from ingest.mover import move_to_milvus
+    from ingest.synchronizer import Progress
+    from rag.knowledge import KnowledgeBase
+
+    source = KnowledgeBase.open(settings.kb)
+    with _ProgressBar(is_shown=not options.quiet) as bar:
+        report = move_to_milvus(
+            source, options.copy_to_milvus,
+            progress=lambda done, total, path: bar.show(Progress(done, total, path)),
+        )
+    print(report.describe())
+    print(f"Use it: RAG_STORE=milvus RAG_MILVUS_URI={options.copy_to_milvus} python -m rag ask ...")
+    return EXIT_OK
 
 
 def _print_health(settings: Settings, *, as_json: bool) -> int:

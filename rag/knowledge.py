@@ -89,6 +89,10 @@ END;
     )
 )
 _FACTS = "index"  # in meta: what the FAISS file holds, as JSON
+_KEPT_BY_ITSELF = (
+    "schema", "generation", "embedder", "embedder_fingerprint", "dim", _FACTS,
+    "index_generation", "index_digest",  # of older versions
+)
 _AT_ONCE = 500  # rows asked for in one statement
 _LAST = "\U0010ffff"  # sorts after every other character
 _READ_AT_ONCE = 20_000  # vectors in memory while an index is built
@@ -353,6 +357,19 @@ class KnowledgeBase:
             f"SELECT {_CHUNK_COLUMNS} FROM chunks WHERE path = ? ORDER BY start_char, id", (path,)
         )
         return [_chunk(row) for row in rows]
+
+    def chunks_with_vectors(self, path: str) -> list[tuple[Chunk, Vectors]]:
+        """The chunks of one file in reading order, each with its float32 (dim,)."""
+        found = self._connection.execute(
+            f"SELECT {_CHUNK_COLUMNS}, vector FROM chunks WHERE path = ? ORDER BY start_char, id", (path,)
+        ).fetchall()
+        vectors = self._unpack([row[9] for row in found])
+        return [(_chunk(row), vector) for row, vector in zip(found, vectors, strict=True)]
+
+    def own_meta(self) -> dict[str, str]:
+        """What `set_meta` has kept, without what the base itself keeps of its state and embedder."""
+        rows = self._connection.execute("SELECT key, value FROM meta ORDER BY key")
+        return {key: value for key, value in rows if key not in _KEPT_BY_ITSELF}
 
     def stored_chunks(self, rows: Sequence[int]) -> dict[int, StoredChunk]:
         """Chunks by row number, with their terms. Rows that are gone are left out."""
