@@ -226,7 +226,7 @@ def _show_actions(turn: Turn, *, is_last: bool) -> None:
             for place in found:
                 if st.button(
                     escape_label(place.label(session.language())), key=f"view-{turn.id}-{place.key}",
-                    icon=":material/find_in_page:", help=say("open_source"),
+                    icon=":material/find_in_page:",
                 ):
                     st.session_state["source_view"] = place
                     st.rerun()

@@ -33,6 +33,7 @@ _MODULES_ZH = {
     "attention output": "注意力输出", "query, key, value": "查询、键、值", "feed-forward": "前馈层",
     "norms": "归一化", "other": "其他",
 }
+_COLOURS = ("#3f9583", "#c08a3a", "#7a93b5", "#b5597a", "#8f74c9", "#6fa350", "#9a958c")
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -155,6 +156,12 @@ def _part_name(part: int, inspection: Inspection) -> str:
     return say("part_written")
 
 
+def _shades() -> list[str]:
+    """From nearly the background to the accent, so that more stands out more in both schemes."""
+    is_dark = st.context.theme.type == "dark"
+    return ["#202827", "#3d7a6d", "#8fdcc9"] if is_dark else ["#f0f5f3", "#74b3a4", "#1f5549"]
+
+
 def _show_attention(look: _Look) -> None:
     inspection = look.inspection
     _heading("attention", say("attention_note"))
@@ -184,7 +191,7 @@ def _show_attention(look: _Look) -> None:
                 axis=alt.Axis(labelAngle=0, orient="top", labelOverlap=False, labelLimit=90),
             ),
             y=alt.Y("step:N", sort=None, title=None, axis=alt.Axis(labelOverlap=False)),
-            color=alt.Color("share:Q", scale=alt.Scale(scheme="tealblues"), title=say("share")),
+            color=alt.Color("share:Q", scale=alt.Scale(range=_shades()), title=say("share")),
             tooltip=[
                 alt.Tooltip("step:N", title=say("token")), alt.Tooltip("part:N", title=say("part")),
                 alt.Tooltip("share:Q", title=say("share"), format=".1%"),
@@ -338,7 +345,10 @@ def _show_weights(inspector: Inspector) -> None:
         .encode(
             x=alt.X("value:Q", title=say("weight_value")),
             y=alt.Y("density:Q", title=None, axis=alt.Axis(format=".0%")),
-            color=alt.Color("module:N", title=None, legend=alt.Legend(orient="top", columns=4)),
+            color=alt.Color(
+                "module:N", title=None, sort=None, legend=alt.Legend(orient="top", columns=4),
+                scale=alt.Scale(range=list(_COLOURS)),
+            ),
             tooltip=["module:N", alt.Tooltip("value:Q", format=".3f"), alt.Tooltip("density:Q", format=".1%")],
         )
         .properties(height=260)
@@ -363,7 +373,7 @@ def _show_rope(architecture: Architecture) -> None:
         alt.Chart(pd.DataFrame(rows))
         .mark_rect()
         .encode(
-            x=alt.X("position:O", title=say("position"), axis=alt.Axis(labelOverlap=True)),
+            x=alt.X("position:O", title=say("position"), axis=alt.Axis(labelOverlap=True, labelAngle=0)),
             y=alt.Y("pair:O", title=say("dimension"), axis=alt.Axis(labelOverlap=True)),
             color=alt.Color("cosine:Q", title="cos", scale=alt.Scale(scheme="blueorange", domain=[-1, 1])),
             tooltip=["position:O", "pair:O", "cosine:Q"],

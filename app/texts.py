@@ -91,7 +91,6 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "没能在页面图像上定位这段文字，因此没有标出。",
     ),
     "go_to_passage": ("Go to the passage", "跳到引用处"),
-    "open_source": ("Open the source with the passage marked", "打开原文件，并标出引用处"),
     "download_source": ("Download the file", "下载原文件"),
     # what it cost
     "what_happened": ("What happened", "过程"),
