@@ -166,6 +166,7 @@ class _ProgressBar:
             close()
 
     def show(self, progress: object) -> None:
+        from ingest.report import show
         from ingest.synchronizer import Progress
 
         assert isinstance(progress, Progress)
@@ -177,7 +178,7 @@ class _ProgressBar:
             self.__exit__()
             self._bar = tqdm(total=progress.total, unit="file", file=sys.stderr, mininterval=0.2)
         assert isinstance(self._bar, tqdm)
-        self._bar.set_postfix_str(progress.path[-40:], refresh=False)
+        self._bar.set_postfix_str(show(progress.path[-40:]), refresh=False)
         self._bar.update(progress.done - self._bar.n)
 
 

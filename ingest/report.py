@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ Status = Literal["added", "changed", "moved", "deleted", "unchanged", "failed", 
 STATUSES: tuple[Status, ...] = (
     "added", "changed", "moved", "deleted", "unchanged", "failed", "skipped",
 )
+_ORDERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # the last turn the reading direction
 _MARKS = {"added": "+", "changed": "~", "moved": ">", "deleted": "-", "failed": "!", "skipped": "."}
 
 
@@ -41,15 +43,15 @@ class FileResult:
 
     def describe(self) -> str:
         """One line for people."""
-        line = f"{_MARKS.get(self.status, ' ')} {self.path}"
+        line = f"{_MARKS.get(self.status, ' ')} {show(self.path)}"
         if self.status in ("failed", "skipped"):
-            return f"{line}: {self.status}, {self.error}"
+            return f"{line}: {self.status}, {show(self.error or '')}"
         if self.status == "moved":
-            line += f" (was {self.moved_from})"
+            line += f" (was {show(self.moved_from or '')})"
         elif self.status in ("added", "changed"):
             pages = f"{self.pages:,} page{'s' * (self.pages != 1)}, " if self.pages else ""
             line += f" ({pages}{self.chunks:,} chunk{'s' * (self.chunks != 1)})"
-        return line + "".join(f"\n    note: {warning}" for warning in self.warnings)
+        return line + "".join(f"\n    note: {show(warning)}" for warning in self.warnings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,7 @@ def format_health(records: Sequence[FileRecord]) -> str:
     for record in records:
         rows.append(
             (
-                record.path, record.status, str(record.pages or "-"), f"{record.chunks:,}",
+                show(record.path), record.status, str(record.pages or "-"), f"{record.chunks:,}",
                 f"{record.characters:,}", f"{record.seconds:.2f}",
             )
         )
@@ -139,7 +141,7 @@ def format_health(records: Sequence[FileRecord]) -> str:
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
-        lines += [f"    {note}" for note in said]
+        lines += [f"    {show(note)}" for note in said]
     failed = sum(record.status == "failed" for record in records)
     lines.append(
         f"{len(records):,} files, {failed:,} failed, {sum(r.chunks for r in records):,} chunks, "
@@ -158,6 +160,11 @@ def find_twins(records: Sequence[FileRecord]) -> dict[str, str]:
         elif record.sha256:  # "" is that of a file that could not be opened
             first.setdefault(record.sha256, record.path)
     return twins
+
+
+def show(text: str) -> str:
+    """Text out of files and their names, on one line and without orders to the terminal."""
+    return _ORDERS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def _width(text: str) -> int:

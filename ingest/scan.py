@@ -276,13 +276,14 @@ def take_signature(paths: Sequence[str | Path]) -> int:
 # hashes -----------------------------------------------------------------------------------------
 
 
-def hash_files(sources: Sequence[SourceFile]) -> dict[str, str]:
-    """sha256 of each file's content by path; "" where it can't be read.
+def hash_files(sources: Sequence[SourceFile], *, max_bytes: int) -> dict[str, str]:
+    """sha256 of each file's content by path; "" where it can't be read, or is too large to be.
 
     Size and time of change are not trusted in its place: a restored backup keeps both.
     """
-    batches = [sources[start : start + 64] for start in range(0, len(sources), 64)]
-    digests: dict[str, str] = {}
+    readable = [source for source in sources if source.size <= max_bytes]
+    batches = [readable[start : start + 64] for start in range(0, len(readable), 64)]
+    digests = {source.path: "" for source in sources}
     with ThreadPoolExecutor(max_workers=4) as pool:
         for batch in pool.map(_hash_batch, batches):
             digests.update(batch)

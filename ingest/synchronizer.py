@@ -175,7 +175,8 @@ class _Run:
         before = RootTable.from_json(roots_text, kb).follow_renamed(self._paths, list(known))
         roots, scopes = before.add(self._paths, known, kb=kb)
         found = scan(scopes, roots, kb=kb, include=self._include, exclude=self._exclude)
-        hashes = hash_files(list(found.sources.values()))
+        max_bytes = self._limits.file_mb << 20
+        hashes = hash_files(list(found.sources.values()), max_bytes=max_bytes)
         gone = _find_gone(known, found, before, roots, scopes)
         vanished = roots.vanished(known)
         if self._prune:
@@ -193,7 +194,8 @@ class _Run:
             pipeline = self._pipeline(source)
             record = known.get(path)
             task = _Task(source, hashes[path], "added" if record is None else "changed", pipeline)
-            if record is not None and record.sha256 == task.sha256 and record.status == "ok":
+            is_same = record is not None and record.sha256 == task.sha256 != ""
+            if record is not None and is_same and record.status == "ok":
                 is_unread = can_be_read_now(record.warnings, self._limits.seconds)
                 if record.pipeline == pipeline and not is_unread:
                     unchanged.append(path)

@@ -451,11 +451,11 @@ def slow_loader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         "import json, os, sys, time\n"
         "sys.path.insert(0, os.environ['REAL_PROJECT'])\n"
         "for line in sys.stdin:\n"
-        "    (file, path), = json.loads(line)['files']\n"
-        "    text = open(file).read()\n"
-        "    if 'hang' in text: time.sleep(60)\n"
-        "    if 'die' in text: os._exit(9)\n"
-        "    print(json.dumps([{'error': 'read ' + text, 'seconds': 0.1}]), flush=True)\n",
+        "    texts = [open(file).read() for file, path in json.loads(line)['files']]\n"
+        "    if 'hang' in texts: time.sleep(60)\n"
+        "    if 'die' in texts: os._exit(9)\n"
+        "    answers = [{'error': 'read ' + text, 'seconds': 0.1} for text in texts]\n"
+        "    print(json.dumps(answers), flush=True)\n",
     )
     write(package / "__init__.py", "")
     return tmp_path / "fake"
@@ -498,6 +498,55 @@ def test_a_file_above_the_size_limit_is_not_read(tmp_path: Path) -> None:
         out.truncate(3 << 20)
     report = sync_words(tmp_path, docs, limits=Limits(file_mb=2))
     assert report.failed[0].error == "it has 3 MB; files of up to 2 MB are read (--max-file-mb)"
+    assert KnowledgeBase.open(tmp_path / "kb").files()["huge.txt"].sha256 == "", "not even hashed"
+    write(docs / "other.txt", "Stored as ever.")
+    report = sync_words(tmp_path, docs, limits=Limits(file_mb=2))
+    assert statuses(report) == {"huge.txt": "failed", "other.txt": "added"}
+
+
+def test_many_small_files_give_the_same_base_by_workers_as_in_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ingest.parsers as parsers
+
+    make_corpus(tmp_path / "docs", 90)
+    write(tmp_path / "docs" / "page.html", "<h1>页</h1><p>" + "一句话。" * 400)
+    write(tmp_path / "docs" / "broken.html", "")
+    (tmp_path / "docs" / "bad.txt").write_bytes(b"\x00\x01\x02" * 500)
+    held = []
+    for folder, at_least in (("here", 1 << 40), ("by_workers", 0)):
+        monkeypatch.setattr(parsers, "_MANY_LIGHT_BYTES", at_least)
+        asked: list[int] = []
+        real = parsers._Worker.ask
+
+        def ask(worker: Any, sources: Any, splitting: Any) -> Any:
+            asked.append(len(sources))  # noqa: B023
+            return real(worker, sources, splitting)  # noqa: B023
+
+        with monkeypatch.context() as patch:
+            patch.setattr(parsers._Worker, "ask", ask)
+            report = sync([tmp_path / "docs"], settings=Settings(kb=str(tmp_path / folder)))
+        assert [file.path for file in report.failed] == ["bad.txt"]
+        assert (max(asked) > 10) == (at_least == 0), "small files go to the workers by the dozen"
+        held.append(contents(tmp_path / folder))
+    assert held[0] == held[1]
+
+
+def test_of_many_small_files_only_the_one_that_kills_its_worker_fails(
+    tmp_path: Path, slow_loader: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ingest.parsers as parsers
+
+    monkeypatch.setattr(parsers, "__file__", str(slow_loader / "ingest" / "parsers.py"))
+    monkeypatch.setattr(parsers, "_MANY_LIGHT_BYTES", 0)
+    monkeypatch.setenv("REAL_PROJECT", str(PROJECT))
+    docs = tmp_path / "docs"
+    for name in ("a.md", "b.md", "c.md"):
+        write(docs / name, "die" if name == "b.md" else "well")
+    report = sync([docs], settings=Settings(kb=str(tmp_path / "kb")))
+    errors = {file.path: str(file.error) for file in report.files}
+    assert errors["a.md"] == errors["c.md"] == "read well"
+    assert "the parser crashed on it (exit code 9)" in errors["b.md"]
 
 
 # embedders and settings -------------------------------------------------------------------------
@@ -683,6 +732,11 @@ def test_a_path_that_does_not_exist_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         sync_words(tmp_path, tmp_path / "missing")
     assert not (tmp_path / "kb").exists()
+
+
+def test_a_files_name_gives_the_terminal_no_orders() -> None:
+    result = FileResult("a\nb\x1b[31m\u202e.txt", "failed", error="no\rtext, 中文　名 😀")
+    assert result.describe() == "! a\\nb\\x1b[31m\\u202e.txt: failed, no\\rtext, 中文　名 😀"
 
 
 def test_results_describe_themselves_in_one_line() -> None:

@@ -171,6 +171,11 @@ def test_a_numbered_list_is_not_taken_for_headings() -> None:
 # html -------------------------------------------------------------------------------------------
 
 
+def test_html_that_is_none_says_so(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="this is not HTML"):
+        load(tmp_path, "a.html", bytes(range(256)) * 40)
+
+
 def test_html_is_read_as_a_reader_sees_it(tmp_path: Path) -> None:
     page = """<!DOCTYPE html><html><head><title>The  cache</title><style>p {color: red}</style>
     <script>var hidden = 1;</script></head><body><nav><a href="/">Home</a> About</nav>

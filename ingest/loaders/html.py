@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from ingest.builder import DocumentBuilder, clean_line
-from ingest.encoding import decode_text
+from ingest.encoding import decode_text, is_binary
 from ingest.loaders.text import normalise_lines
 from rag.document import Document
 from rag.errors import LoadError
@@ -40,6 +40,8 @@ class HtmlLoader:
 
     def load(self, file: Path, path: str) -> Document:
         data = file.read_bytes()
+        if is_binary(data):
+            raise LoadError("this is not HTML, whatever its name says; it holds binary data.")
         match = _CHARSET.search(data[:4096])
         decoded = decode_text(data, declared=match[1].decode("ascii") if match else None)
         builder = DocumentBuilder()
