@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import faiss
 import numpy as np
 import pytest
 from fakes import WordEmbedder
@@ -14,6 +15,15 @@ from rag.document import Chunk, Document
 from rag.knowledge import FileRecord, KnowledgeBase
 
 DIM = 32
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Waking FAISS' threads for so few vectors costs more than all the rest of these tests."""
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    yield
+    faiss.omp_set_num_threads(threads)
 
 
 class ArraySource:
