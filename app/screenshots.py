@@ -124,6 +124,7 @@ def _visit(page: Any, address: str, locale: str) -> Iterator[str]:
     page.keyboard.press("Enter")
     page.wait_for_selector(ANSWERED)
     _settle(page)
+    conversation = page.url
     if page.locator("a.lr-chip").count():
         page.locator("details.lr-source summary").first.click()
         page.locator(".lr-question").last.evaluate("element => element.scrollIntoView()")
@@ -147,6 +148,11 @@ def _visit(page: Any, address: str, locale: str) -> Iterator[str]:
     page.wait_for_selector("[data-testid='stVegaLiteChart'] canvas")
     _settle(page)
     yield "inside"
+    # So that the next pictures do not show this conversation, and a base of the user's is as it was.
+    page.goto(conversation)
+    page.locator(".st-key-delete-conversation button").click()
+    page.wait_for_selector('[class*="st-key-example-"], .lr-welcome')
+    _settle(page)
 
 
 def _settle(page: Any) -> None:
