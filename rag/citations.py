@@ -55,6 +55,23 @@ class _Match:
     span: _Span
 
 
+# What Markdown would make a link or a picture of: [words](address), [1]: address, <address>, and
+# bare addresses, which many pages link by themselves.
+_LINK = re.compile(
+    r"(?P<bracket>[\]】]\s?)(?=[(（]|:\s*\S)|(?P<angle><)(?=[a-z][a-z0-9+.-]{1,31}:|[^\s<>@]+@|/?a\b|/?i?frame\b|img\b)"
+    r"|(?P<scheme>\b[a-z][a-z0-9+.-]{1,31}:)(?=//|[a-z]*\()|(?P<www>\bwww)(?=\.)", re.IGNORECASE,
+)
+
+
+def unlinked(text: str) -> str:
+    """The text with nothing in it that a page would turn into a link; it reads the same.
+
+    An answer is shown by pages of all kinds, and a document must not place a link in it. A
+    zero-width space takes each one apart; citations quote the source as it is.
+    """
+    return _LINK.sub(lambda match: match.group(0) + "\u200b", text)
+
+
 def strip_markers(text: str) -> str:
     """The text without any `[n]`."""
     return MARKER.sub("", text).strip()
@@ -88,7 +105,7 @@ def check_citations(
         citation = _citation(match.span, hits, page_at)
         citations.setdefault((citation.marker, citation.start, citation.end), citation)
         pieces.append(_with_marker(sentence, match.span.hit_number) + separator)
-    return CheckedText("".join(pieces).strip(), tuple(citations.values()), tuple(unsupported))
+    return CheckedText(unlinked("".join(pieces).strip()), tuple(citations.values()), tuple(unsupported))
 
 
 def _cited_sentences(text: str) -> list[tuple[str, str, list[int]]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rag.answer import Answer, Citation, GenerationStats, Hit
-from rag.citations import check_citations, is_refusal, strip_markers
+from rag.citations import check_citations, is_refusal, strip_markers, unlinked
 from rag.confidence import Calibration
 from rag.embedder import Embedder, load_embedder
 from rag.errors import InputError
@@ -285,7 +285,7 @@ class Rag:
             citations.append(
                 Citation(number, chunk.path, self._page_at(chunk.path, start), start, end, quote)
             )
-            lines.append(f"{' '.join(quote.split())} [{number}]")
+            lines.append(f"{unlinked(' '.join(quote.split()))} [{number}]")
         return Answer(
             question=plan.question, text="\n".join(lines), kind="quoted", citations=tuple(citations),
             hits=hits, confidence=plan.support, stats=stats,

@@ -20,9 +20,32 @@ from rag.language import REFUSAL, Language, detect_language
 
 READER_TOKENS = ("<|question|>", "<|passage|>", "<|answer|>", "<|blocks|>", "<|end|>", "<|pad|>")
 
-# What a chat template or the reader would take for the end of a passage or a new speaker.
-_CONTROL = re.compile(r"<\|(?=[\w/ -]{1,40}\|>)|<(?=/?(?:s|bos|eos|pad|unk|start_of_turn|end_of_turn)>)"
-                      r"|\[(?=/?INST\])|<(?=/?passage\b)", re.IGNORECASE)
+# What a chat template or the reader would take for the end of a passage or a new speaker. Some
+# tokenizers fold full-width signs into plain ones, so both are looked for.
+_LT, _GT, _BAR = "[<＜]", "[>＞]", "[|｜]"
+_NAMES = (
+    "s|bos|eos|pad|unk|mask|cls|sep|sop|eop|eod|user|assistant|system|model|human|im_start|im_end|start_of_turn|"
+    "end_of_turn|start_of_image|end_of_image|image_soft_token|think|thinking|tools?|tool_calls?|tool_response|"
+    "tool_results?|function(?:_calls?|_results?)?|invoke|passages?|instructions?|unused[0-9]+|reserved_[0-9]+"
+)
+_BRACKETED = (
+    "INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|ARGS|CALL_ID|THINK|IMG|IMG_BREAK|"
+    "IMG_END|PREFIX|SUFFIX|MIDDLE|gMASK|sMASK|BOS|EOS|UNK|PAD|CLS|SEP|MASK"
+)
+_CONTROL = re.compile(
+    rf"{_LT}(?={_BAR}[^<>＜＞\n]{{1,60}}{_GT})"  # <|im_start|>, <|turn>, <｜User｜>
+    rf"|{_LT}(?=[^<>＜＞\s]{{1,60}}{_BAR}{_GT})"  # <turn|>
+    rf"|{_LT}(?={_LT}/?SYS{_GT})"
+    rf"|{_LT}(?=/?(?:{_NAMES})(?:\s[^<>＜＞\n]{{0,80}})?/?{_GT})"
+    rf"|{_LT}(?=/?passages?\b)"
+    rf"|\[(?=/?(?:{_BRACKETED})\])",
+    re.IGNORECASE,
+)
+# Signs that nobody sees and a model reads: zero-width ones, those that turn the direction, the tag
+# characters that spell ASCII invisibly. Joiners stay, as scripts and emoji need them.
+_INVISIBLE = re.compile(
+    "[\u200b\u2060-\u2064\u202a-\u202e\u2066-\u2069\ufeff\U000e0000-\U000e007f\U000e0100-\U000e01ef]"
+)
 
 INSTRUCTIONS: dict[Language, str] = {
     "en": (
@@ -62,9 +85,10 @@ class Prompt:
 def neutralise(text: str) -> str:
     """Passage or question text in which nothing can be read as a control token.
 
-    A zero-width space is put behind the opening sign; the text reads the same to a person.
+    A zero-width space is put behind the opening sign; the text reads the same to a person. What a
+    person can't see is taken out first, as it may stand inside a token to hide it.
     """
-    return _CONTROL.sub(lambda match: match.group(0) + "\u200b", text)
+    return _CONTROL.sub(lambda match: match.group(0) + "\u200b", _INVISIBLE.sub("", text))
 
 
 def passage_text(hit: Hit) -> str:
