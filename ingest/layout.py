@@ -192,7 +192,10 @@ def _join_row(lines: list[Line]) -> list[Line]:
             gap = line.x0 - last.x1
             wide = gap > 0.12 * max(last.height, line.height)
             is_hyphen = last.is_hyphenated and not wide
-            last.text += ("-" if is_hyphen else " " if wide else "") + line.text
+            last.text += "-" if is_hyphen else " " if wide else ""
+            place = len(last.text)
+            last.gaps += [replace(g, start=g.start + place, end=g.end + place) for g in line.gaps]
+            last.text += line.text
             last.x1, last.is_hyphenated = line.x1, line.is_hyphenated
             if line.height > last.height:
                 last.y0, last.y1 = line.y0, line.y1
@@ -301,13 +304,22 @@ def _cells(line: Line) -> list[str]:
 def _are_rows(last: Line, line: Line) -> bool:
     """Whether two lines are neighbouring rows of one table: as many cells, one of them in line."""
     cells = len(_cells(line))
-    if cells < 2 or cells != len(_cells(last)) or not 0 < last.y0 - line.y0 < 3 * line.height:
+    # A grid may be airy; two cells far apart are more often two columns.
+    reach = (6 if cells > 2 else 3) * line.height
+    if cells < 2 or cells != len(_cells(last)) or not 0 < last.y0 - line.y0 < reach:
         return False
     lefts, last_lefts = ({round(gap.x1) for gap in row.gaps} for row in (line, last))
     in_line = any(abs(x - y) <= 2 for x in lefts for y in last_lefts)
     rights, last_rights = ({round(gap.x0) for gap in row.gaps} for row in (line, last))
     in_line |= any(abs(x - y) <= 2 for x in rights for y in last_rights)
+    in_line |= any(abs(x - y) <= 3 for x, y in zip(_middles(line), _middles(last)))
     return in_line and abs(last.x0 - line.x0) <= 2 * line.height
+
+
+def _middles(line: Line) -> list[float]:
+    """Where the inner cells of a row have their middles: cells may be centred in their columns."""
+    gaps = [gap for gap in line.gaps if gap.x1 - gap.x0 > _CELL_GAP * line.height]
+    return [(left.x1 + right.x0) / 2 for left, right in zip(gaps, gaps[1:], strict=False)]
 
 
 class _Edges:

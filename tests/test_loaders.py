@@ -405,6 +405,30 @@ def test_large_type_makes_headings(tmp_path: Path) -> None:
     assert titles(document) == [(1, "Key-value cache"), (1, "Its size")]
 
 
+def test_rows_of_an_airy_grid_and_centred_cells_are_one_table(tmp_path: Path) -> None:
+    from reportlab.pdfbase.pdfmetrics import stringWidth
+
+    # 44 points from row to row at 11-point type; the cells of the second table have their middles
+    # in line, and neither their left nor their right edges.
+    airy = [(x, 700 - 44 * row, f"{row}.{column} MB") for row in range(3)
+            for column, x in enumerate((72, 200, 330))]
+    before = "What these countries have is in the table below, and more of it is said in the text."
+    table = [("Country", "Population (millions)", "Capital city"), ("Peru", "34.0 in all", "Lima"),
+             ("Chad", "17.2 or above", "N'Djamena")]
+    centred = [(middle - stringWidth(cell, "Helvetica", 11) / 2, 500 - 16 * row, cell)
+               for row, cells in enumerate(table) for middle, cell in zip((100, 230, 370), cells)]
+    write_pdf(tmp_path / "a.pdf", [airy])
+    write_pdf(tmp_path / "b.pdf", [[(72, 530, before), *centred]])
+    assert load_document(tmp_path / "a.pdf", "a.pdf").text == (
+        "| 0.0 MB | 0.1 MB | 0.2 MB |\n| --- | --- | --- |\n| 1.0 MB | 1.1 MB | 1.2 MB |\n"
+        "| 2.0 MB | 2.1 MB | 2.2 MB |"
+    )
+    assert load_document(tmp_path / "b.pdf", "b.pdf").text == (
+        before + "\n\n| Country | Population (millions) | Capital city |\n| --- | --- | --- |\n"
+        "| Peru | 34.0 in all | Lima |\n| Chad | 17.2 or above | N'Djamena |"
+    )
+
+
 def test_a_pdf_with_a_password_says_so(tmp_path: Path) -> None:
     from reportlab.lib.pdfencrypt import StandardEncryption
 
