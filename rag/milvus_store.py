@@ -159,6 +159,8 @@ class MilvusStore:
         store = cls(uri, folder)
         if not store._client.has_collection(store._records):
             return None
+        # A server keeps collections loaded, a file opened anew doesn't.
+        store._client.load_collection(store._records)
         version = store.meta("format")
         if version is None:
             return None  # its making was stopped; `create` goes on
@@ -167,6 +169,9 @@ class MilvusStore:
                 f"the knowledge base {store.name!r} in {store.uri} has format {version}, this program "
                 f"reads format {FORMAT}. Ingest into another name: {store.uri}#NAME"
             )
+        for collection in (store._terms, store._state().chunks_collection):
+            if collection:
+                store._client.load_collection(collection)
         return store
 
     @classmethod

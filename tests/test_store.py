@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -371,6 +375,27 @@ def test_a_base_opened_again_holds_the_same(settings, store):
     assert nearest(again, "yellow bananas") == ["bananas are yellow"]
     assert by_terms(again, "cherri") == ["cherries are dark"]
     again.close()
+
+
+def test_another_process_finds_what_one_has_stored(settings, store):
+    """Milvus Lite, opened anew, has its collections to load first."""
+    store.close()
+    script = (
+        "import sys; from rag.settings import Settings; from rag.store import open_store\n"
+        "store = open_store(Settings(kb=sys.argv[1], store=sys.argv[2], milvus_uri=sys.argv[3]))\n"
+        "print(*store.files(), store.count_chunks(), store.term_counts(['are']),\n"
+        "      [row for row, _ in store.search_terms(['cherri'], 5)])\n"
+    )
+    if settings.store == "milvus":  # this process still holds the file
+        script = script.replace("sys.argv[3]", "sys.argv[3].replace('kb.db', 'copy.db')")
+        folder = Path(settings.milvus_uri)
+        shutil.copytree(folder, folder.with_name("copy.db"), ignore=shutil.ignore_patterns("LOCK"))
+    done = subprocess.run(
+        [sys.executable, "-c", script, settings.kb, settings.store, settings.milvus_uri],
+        capture_output=True, text=True, check=False,
+    )
+    assert done.stdout.startswith("a.txt b.txt 3 {'are': 3} ["), done.stderr
+    assert len(done.stdout.split("[")[1].split(",")) == 1
 
 
 def test_a_missing_base_says_how_to_build_one(settings):
