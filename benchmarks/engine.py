@@ -11,6 +11,8 @@ Scenarios
   d  one cold prompt of 2,000 tokens: prompt tokens a second
   s  one stream behind 512 tokens: output tokens a second
   e  the bundled reader, with and without prompt lookup (only ours): output tokens a second
+  f  passages in another order behind another question, exact against approximate reuse (only ours)
+  q  the bundled reader in fewer bits: how far its answers move from bfloat16 (only ours)
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 SHAPES: dict[str, dict[str, int]] = {
     "0.6b": {
@@ -47,13 +49,14 @@ SHAPES: dict[str, dict[str, int]] = {
 ENGINES = {
     "ours": "this engine, bfloat16",
     "ours-int8": "this engine, 8-bit weights",
+    "ours-int4": "this engine, 4-bit weights",
     "transformers": "transformers generate(), as it is",
     "transformers-mask": "transformers forward with an explicit mask, token by token",
     "transformers-cb": "transformers generate_batch(), continuous batching",
     "llama.cpp": "llama-cpp-python, BF16, its prefix cache on",
     "llama.cpp-q8": "llama-cpp-python, Q8_0, its prefix cache on",
 }
-SCENARIOS = "abcdse"
+SCENARIOS = "abcdsefq"
 # On a machine that others use too, the processor time of one thread still says what an engine
 # computes; it is what --cpu-time measures.
 CPU_TIME = os.environ.get("BENCHMARK_CPU_TIME") == "1"
@@ -79,12 +82,12 @@ class Runner(Protocol):
 
 
 class OursRunner:
-    def __init__(self, folder: Path, *, int8: bool = False) -> None:
+    def __init__(self, folder: Path, *, bits: Literal[8, 4] | None = None) -> None:
         from rag.engine import create_engine
 
         model = load_model(folder)
         self._engine = create_engine(
-            model, context_length=CONTEXT, kv_tokens=6 * CONTEXT, release=True, int8=int8
+            model, context_length=CONTEXT, kv_tokens=6 * CONTEXT, release=True, bits=bits
         )
 
     def run(self, prompts: Sequence[list[int]], new: int) -> Timing:
@@ -215,7 +218,8 @@ class LlamaCppRunner:
 
 MAKERS: dict[str, Callable[[Path], Runner]] = {
     "ours": OursRunner,
-    "ours-int8": lambda folder: OursRunner(folder, int8=True),
+    "ours-int8": lambda folder: OursRunner(folder, bits=8),
+    "ours-int4": lambda folder: OursRunner(folder, bits=4),
     "transformers": GenerateRunner,
     "transformers-mask": MaskRunner,
     "transformers-cb": ContinuousRunner,
@@ -394,14 +398,8 @@ def work(engine: str, folder: Path, scenarios: str, repeats: int) -> dict[str, l
     return found
 
 
-def lookup(repeats: int) -> dict[str, Any]:
-    """Scenario e: the bundled reader quotes passages of the handbook, drafts on and off."""
-    import dataclasses
-
-    from rag.generator import load_generator
-    from rag.prompt import Prompt, reader_prompt
-    from rag.settings import Settings
-
+def asked_of_handbook() -> list[tuple[str, str]]:
+    """Questions with the passage of the handbook that answers each."""
     root = Path(__file__).parent.parent
     asked: list[tuple[str, str]] = []
     for line in (root / "tests" / "questions.jsonl").read_text("utf-8").splitlines():
@@ -412,7 +410,23 @@ def lookup(repeats: int) -> dict[str, Any]:
             at = text.find(question["quote"])
             if at >= 0:
                 asked.append((question["question"], text[max(0, at - 300) : at + 500]))
-    asked = asked[:16]
+    return asked
+
+
+def around(asked: Sequence[tuple[str, str]], number: int, count: int = 3) -> list[str]:
+    """The passage of a question, and those of the questions behind it."""
+    return [asked[(number + step) % len(asked)][1] for step in range(count)]
+
+
+def lookup(repeats: int) -> dict[str, Any]:
+    """Scenario e: the bundled reader quotes passages of the handbook, drafts on and off."""
+    import dataclasses
+
+    from rag.generator import load_generator
+    from rag.prompt import Prompt, reader_prompt
+    from rag.settings import Settings
+
+    asked = asked_of_handbook()[:16]
     result: dict[str, Any] = {}
     for name, drafts in (("with", 32), ("without", 0)):
         rates = []
@@ -422,8 +436,7 @@ def lookup(repeats: int) -> dict[str, Any]:
             engine.limits = dataclasses.replace(engine.limits, draft_tokens=drafts)
             tokens, seconds = 0, 0.0
             for number, (question, _) in enumerate(asked):
-                passages = [asked[(number + step) % len(asked)][1] for step in range(3)]
-                prompt = Prompt(hits=(), text=reader_prompt(question, passages))
+                prompt = Prompt(hits=(), text=reader_prompt(question, around(asked, number)))
                 done = generator.generate(prompt, max_new_tokens=64)
                 if done.tokens_per_second:
                     tokens += done.new_tokens - 1
@@ -433,6 +446,150 @@ def lookup(repeats: int) -> dict[str, Any]:
         result[name] = statistics.median(rates)
         result[f"accepted_{name}"] = stats.accepted_tokens / max(1, stats.new_tokens)
     return result
+
+
+def shuffled(folder: Path, repeats: int) -> dict[str, dict[str, float]]:
+    """Scenario f: seconds to the first token on the weights of --shape, where four passages of 400
+    tokens were read before in another order; and on the bundled reader what that costs, as F1 to
+    the answer that the exact engine gives."""
+    from rag.engine import Request, create_engine
+    from rag.evaluation import token_f1
+
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    found: dict[str, dict[str, float]] = {}
+    for name, splices in (("exact", False), ("approximate", True)):
+        engine: Any = create_engine(
+            load_model(folder), context_length=CONTEXT, kv_tokens=6 * CONTEXT, release=True,
+            splice_passages=splices,
+        )  # fmt: skip
+        seconds = []
+        for repeat in range(repeats + 1):  # the first makes ready
+            rng = random.Random(repeat)
+            opening, *passages = (
+                tuple(rng.randrange(10, vocabulary) for _ in range(length))
+                for length in (100, 400, 400, 400, 400)
+            )
+            for order in ((0, 1, 2, 3), (2, 0, 3, 1)):
+                ids, spans = opening, []
+                for index in order:
+                    spans.append((len(ids), len(ids) + 400))
+                    ids += passages[index]
+                ids += tuple(rng.randrange(10, vocabulary) for _ in range(24))
+                request = Request("a", ids, 1, reusable=tuple(spans) if splices else ())
+                began = clock()
+                next(iter(engine.generate([request])))
+                taken = clock() - began
+            if repeat:
+                seconds.append(taken)
+        engine.close()
+        found[name] = {"first_token": statistics.median(seconds)}
+    exact = reordered_answers("exact")
+    for name in found:
+        answers = reordered_answers(name) if name != "exact" else exact
+        pairs = list(zip(answers, exact, strict=True))
+        found[name]["answers"] = len(pairs)
+        found[name]["f1"] = statistics.mean(token_f1(ours, [theirs]) for ours, theirs in pairs)
+        found[name]["same"] = statistics.mean(ours == theirs for ours, theirs in pairs)
+    return found
+
+
+def reordered_answers(reuse: str) -> list[str]:
+    """What the bundled reader answers to a question whose passages it has just read in another
+    order, for the question before."""
+    from rag.answer import Hit
+    from rag.document import Chunk
+    from rag.generator import load_generator
+    from rag.prompt import build_prompt
+    from rag.settings import Settings
+
+    asked = asked_of_handbook()[:48]
+    generator = load_generator(Settings(max_new_tokens=64, passage_reuse=reuse))
+    answers = []
+    for number, (question, _) in enumerate(asked):
+        hits = [Hit(Chunk("a.md", text, 0, len(text)), 1.0) for text in around(asked, number)]
+        order = [hits[2], hits[0], hits[1]]
+        for words, passages in ((asked[number - 1][0], hits), (question, order)):
+            prompt = build_prompt(
+                words, passages, layout="reader", budget=3500, count_tokens=generator.count_tokens
+            )
+            done = generator.generate(prompt, max_new_tokens=64)
+        answers.append(done.text)
+    return answers
+
+
+# What is compared with bfloat16: settings of the generator.
+PRECISIONS = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "bfloat16, KV cache int8": {"dtype": "bfloat16", "kv_dtype": "int8"},
+    "int8": {"dtype": "int8"},
+    "int4": {"dtype": "int4"},
+    "int4, KV cache int8": {"dtype": "int4", "kv_dtype": "int8"},
+}
+
+
+def precision(prompts: int = 48) -> dict[str, dict[str, float]]:
+    """Scenario q: the bundled reader's own greedy answers in bfloat16, read again by the others.
+
+    Over all tokens of these answers: mean and largest change of the token's log-probability, the
+    largest change of any logit, the share of places where the most probable token is the same; and
+    the share of answers that come out the same, word for word.
+    """
+    import torch
+
+    from rag.engine.attention import Chunk
+    from rag.generator import load_generator
+    from rag.prompt import Prompt, reader_prompt
+    from rag.settings import Settings
+
+    asked = asked_of_handbook()[:prompts]
+    written = [
+        Prompt(hits=(), text=reader_prompt(question, around(asked, number)))
+        for number, (question, _) in enumerate(asked)
+    ]
+    loaded = {
+        name: load_generator(Settings(max_new_tokens=64, **changes))
+        for name, changes in PRECISIONS.items()
+    }
+    answers = {
+        name: [result.token_ids for result in generator.generate_batch(written, max_new_tokens=64)]
+        for name, generator in loaded.items()
+    }
+
+    def logits(name: str, number: int) -> torch.Tensor:
+        engine: Any = loaded[name].engine
+        answer = answers["bfloat16"][number]
+        tokens = [*loaded[name].encode(written[number]), *answer]
+        pool = engine._model.new_pool(len(tokens), int8=engine._int8_kv)
+        chunk = Chunk(tokens[:-1], 0, [(0, len(tokens) - 1)], len(answer))
+        return engine._model.forward([chunk], pool)
+
+    yardstick = [
+        logits("bfloat16", number) if answer else None
+        for number, answer in enumerate(answers["bfloat16"])
+    ]
+    found: dict[str, dict[str, float]] = {}
+    for name in PRECISIONS:
+        logprobs, largest, same = [], 0.0, []
+        for number, answer in enumerate(answers["bfloat16"]):
+            exact = yardstick[number]
+            if exact is None:
+                continue
+            ours = logits(name, number)
+            at = torch.tensor(answer)[:, None]
+            change = ours.log_softmax(-1).gather(1, at) - exact.log_softmax(-1).gather(1, at)
+            logprobs += change.abs().flatten().tolist()
+            largest = max(largest, float((ours - exact).abs().max()))
+            same += (ours.argmax(-1) == exact.argmax(-1)).tolist()
+        found[name] = {
+            "tokens": len(logprobs),
+            "mean_logprob_change": statistics.mean(logprobs),
+            "largest_logprob_change": max(logprobs),
+            "largest_logit_change": largest,
+            "same_token": sum(same) / len(same),
+            "same_answer": sum(map(tuple.__eq__, answers[name], answers["bfloat16"])) / len(asked),
+        }
+    return found
 
 
 # limits
@@ -541,8 +698,34 @@ def table(result: dict[str, Any]) -> str:
             f"{found['without']:.0f} without; {found['accepted_with']:.0%} of its tokens came from "
             "accepted drafts."
         )
+    for name, row in result.get("shuffled", {}).items():
+        notes.append(
+            f"Passages in another order, {name} reuse: {row['first_token']:.3g} s to the first token "
+            f"behind 1,600 tokens; of the bundled reader's {row['answers']} answers "
+            f"{row['same']:.1%} are the exact ones, F1 to these {row['f1']:.3f}."
+        )
+    notes += precision_table(result.get("precision", {}))
     notes += [f"Not run: {name}: {why}." for name, why in result["skipped"].items()]
-    return "\n".join([*lines, *notes]) + "\n"
+    return "\n".join([*(lines if scenarios else []), *notes]) + "\n"
+
+
+def precision_table(found: dict[str, dict[str, float]]) -> list[str]:
+    if not found:
+        return []
+    head = [
+        "",
+        f"Bundled reader, {found['bfloat16']['tokens']} tokens of its answers, against bfloat16:",
+        "",
+        "| stored as | mean change of a token's log-probability | largest | largest of any logit "
+        "| same most probable token | same answer |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = [
+        f"| {name} | {row['mean_logprob_change']:.4f} | {row['largest_logprob_change']:.3f} "
+        f"| {row['largest_logit_change']:.3f} | {row['same_token']:.1%} | {row['same_answer']:.1%} |"
+        for name, row in found.items()
+    ]
+    return [*head, *rows, ""]
 
 
 def main() -> int:
@@ -571,6 +754,10 @@ def main() -> int:
             print(json.dumps(measure_limits(options.weights)))
         elif options.worker == "lookup":
             print(json.dumps(lookup(options.repeats)))
+        elif options.worker == "shuffled":
+            print(json.dumps(shuffled(options.weights, options.repeats)))
+        elif options.worker == "precision":
+            print(json.dumps(precision()))
         else:
             found = work(options.worker, options.weights, options.scenarios, options.repeats)
             print(json.dumps(found))
@@ -613,6 +800,14 @@ def main() -> int:
             result["lookup"] = measured("lookup")
             if "error" in result["lookup"]:
                 result["skipped"]["prompt lookup"] = result.pop("lookup")["error"]
+        if "f" in options.scenarios:
+            result["shuffled"] = measured("shuffled")
+            if "error" in result["shuffled"]:
+                result["skipped"]["shuffled passages"] = result.pop("shuffled")["error"]
+        if "q" in options.scenarios:
+            result["precision"] = measured("precision")
+            if "error" in result["precision"]:
+                result["skipped"]["precision"] = result.pop("precision")["error"]
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "engine.json").write_text(json.dumps(result, indent=2) + "\n")
     (options.out / "engine.md").write_text(table(result))
