@@ -13,13 +13,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rag.answer import Citation, Hit
-from rag.language import REFUSAL
+from rag.language import REFUSAL, detect_language
 from rag.sentences import sentence_spans
 from rag.term_weights import term_weights
 from rag.terms import normalise, passage_terms, question_terms
 
 MARKER = re.compile(r"[ \t]*[\[【]\s*(\d{1,3}(?:\s*[,，、]\s*\d{1,3})*)\s*[\]】]")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*%?")
+_HAN_NUMERAL = re.compile(
+    r"(?<![第几数十百千万])[一二两三四五六七八九十百千万零〇]+(?=个?月|年|日|天|周|个小时|小时|分钟|秒|元|万元|亿|倍|岁|米|公里|层|条|页|名|人|"
+    r"次|项|位|块|款|章|级|台|件|步|种|头|(?:个(?![人别体性])))"
+)
+_WORDS = {word: str(value) for value, word in enumerate(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
+) if value > 1} | {"twenty": "20", "thirty": "30", "forty": "40", "fifty": "50", "sixty": "60", "ninety": "90", "hundred": "100"}
+_NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(_WORDS)})\b")
+# A name: written large inside an English sentence, or Latin in a Chinese one.
+_NAME_EN = re.compile(r"(?<=[a-z0-9,;:'’] )[A-Z][\w'’-]*|\b[A-Za-z]*[a-z][A-Z]\w*|\b[A-Z]{2,}\w*")
+_NAME_ZH = re.compile(r"[A-Za-z][A-Za-z0-9-]+|《([^》]+)》")
+_BEFORE = 2  # sentences before a span in which its subject may be named
 _NEGATION = re.compile(
     r"\b(?:not?|never|cannot|without|none)\b|n['’]t\b|不(?!同|断|仅|但|过|论|管|久|少|只)|没有|无法|并非|未(?!来)"
 )
@@ -47,6 +59,7 @@ class _Span:
     terms: frozenset[str]
     numbers: frozenset[str]
     text: str
+    nearby: frozenset[str]  # terms of the sentences just before, where "it" may be named
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +97,13 @@ def is_refusal(text: str) -> bool:
 
 
 def check_citations(
-    text: str, hits: Sequence[Hit], *, page_at: Callable[[str, int], int | None]
+    text: str, hits: Sequence[Hit], *, page_at: Callable[[str, int], int | None], strict: bool = False
 ) -> CheckedText:
-    """Set the markers of an answer right. `page_at(path, offset)` gives the page of a character."""
+    """Set the markers of an answer right. `page_at(path, offset)` gives the page of a character.
+
+    A sentence that no passage supports is kept and reported; where `strict`, it is taken out and
+    reported.
+    """
     spans = _passage_spans(hits)
     pieces: list[str] = []
     citations: dict[tuple[int, int, int], Citation] = {}
@@ -98,9 +115,11 @@ def check_citations(
         claimed = [number for number in cited if 1 <= number <= len(hits)]
         match = _best_match(sentence, spans, claimed)
         if match is None:
-            pieces.append(sentence + separator)
-            if _claims_something(sentence):
+            claims = _claims_something(sentence)
+            if claims:
                 unsupported.append(sentence)
+            if not (strict and claims):
+                pieces.append(sentence + separator)
             continue
         citation = _citation(match.span, hits, page_at)
         citations.setdefault((citation.marker, citation.start, citation.end), citation)
@@ -149,16 +168,47 @@ def _passage_spans(hits: Sequence[Hit]) -> list[_Span]:
         place = frozenset(passage_terms(hit.chunk.place))
         for start, end in [*ranges, *pairs]:
             sentence = text[start:end]
+            first = next(at for at, place_ in enumerate(ranges) if place_[0] == start)
+            before = text[ranges[max(0, first - _BEFORE)][0] : start]
             spans.append(_Span(
                 number, start, end, frozenset(passage_terms(sentence)) | place,
                 frozenset(_numbers(sentence)) | frozenset(_numbers(hit.chunk.place)),
-                sentence,
+                sentence, frozenset(passage_terms(before)),
             ))
     return spans
 
 
 def _numbers(text: str) -> set[str]:
-    return {number.replace(",", "").rstrip(".") for number in _NUMBER.findall(normalise(text))}
+    """The numbers of a text as digits, so that "三个月", "3 个月" and "three months" agree."""
+    plain = normalise(text)
+    found = {number.replace(",", "").rstrip(".") for number in _NUMBER.findall(plain)}
+    found |= {_WORDS[word] for word in _NUMBER_WORD.findall(plain)}
+    return found | {str(_value(numeral)) for numeral in _HAN_NUMERAL.findall(plain)}
+
+
+_DIGITS = {digit: value for value, digit in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
+_UNITS = {"十": 10, "百": 100, "千": 1000}
+
+
+def _value(numeral: str) -> int:
+    """A Chinese numeral as a number: 二十五 is 25, 一万二千 is 12,000, 二〇二一 is 2021."""
+    if len(numeral) > 1 and all(sign in _DIGITS for sign in numeral):
+        return int("".join(str(_DIGITS[sign]) for sign in numeral))
+    total = part = digit = 0
+    for sign in numeral:
+        if sign == "万":
+            total, part, digit = (total + part + digit or 1) * 10_000, 0, 0
+        elif sign in _UNITS:
+            part, digit = part + (digit or 1) * _UNITS[sign], 0
+        else:
+            digit = _DIGITS[sign]
+    return total + part + digit
+
+
+def _names(sentence: str) -> set[str]:
+    """The terms of the names in a sentence."""
+    pattern = _NAME_ZH if detect_language(sentence) == "zh" else _NAME_EN
+    return {term for match in pattern.finditer(sentence) for term in question_terms(match.group())}
 
 
 def _best_match(sentence: str, spans: Sequence[_Span], claimed: Sequence[int]) -> _Match | None:
@@ -167,11 +217,11 @@ def _best_match(sentence: str, spans: Sequence[_Span], claimed: Sequence[int]) -
         return None
     weights = term_weights(terms, {}, 0)
     total = sum(weights.values())
-    numbers = _numbers(sentence)
+    numbers, names = _numbers(sentence), _names(sentence)
     negated = bool(_NEGATION.search(sentence.lower()))
     best: _Match | None = None
     for span in spans:
-        if not numbers <= span.numbers:
+        if not numbers <= span.numbers or not names <= span.terms | span.nearby:
             continue
         share = sum(weight for term, weight in weights.items() if term in span.terms) / total
         if share < SUPPORTED or negated != _negates(span.text, weights):

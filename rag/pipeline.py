@@ -264,7 +264,10 @@ class Rag:
                 confidence = 0.0
             if confidence < calibration.threshold:
                 return self._quotation(plan, stats)
-        checked = check_citations(result.text, prompt.hits, page_at=self._page_at)
+        strict = self.settings.citations == "strict"
+        checked = check_citations(result.text, prompt.hits, page_at=self._page_at, strict=strict)
+        if strict and not checked.citations:
+            return self._refusal(plan, stats) if calibration is None else self._quotation(plan, stats)
         if calibration is not None and not checked.citations:
             return self._quotation(plan, stats)
         return Answer(

@@ -38,6 +38,7 @@ class Settings:
     sampling_top_k: int = 0  # 0 is off
     repetition_penalty: float = 1.0
     seed: int = 0
+    citations: str = "mark"  # unsupported sentences of an answer: "mark" them, or "strict": take them out
 
     def __post_init__(self) -> None:
         for field_ in fields(self):
@@ -53,6 +54,8 @@ class Settings:
         for name in ("kb", "embedder", "generator"):
             if not getattr(self, name).strip():
                 raise SettingsError(f"setting {name} is empty. Leave it out for its default.")
+        if self.citations not in ("mark", "strict"):
+            raise SettingsError(f"setting citations is {self.citations!r}; it is one of mark, strict.")
         if self.store not in ("embedded", "milvus"):
             raise SettingsError(f"setting store is {self.store!r}; it is one of embedded, milvus.")
         if (self.store == "milvus") != bool(self.milvus_uri.strip()):

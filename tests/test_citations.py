@@ -1,5 +1,7 @@
+import pytest
+
 from rag.answer import Hit
-from rag.citations import check_citations, is_refusal, strip_markers
+from rag.citations import _numbers, check_citations, is_refusal, strip_markers
 from rag.document import Chunk
 from rag.language import REFUSAL
 
@@ -9,8 +11,8 @@ THIRD = "合同于2021年5月3日生效。押金为三个月租金，退房时�
 HITS = tuple(Hit(Chunk(f"{n}.txt", text, 100, 100 + len(text)), 1.0) for n, text in enumerate((FIRST, SECOND, THIRD), 1))
 
 
-def check(text):
-    return check_citations(text, HITS, page_at=lambda path, offset: 7 if path == "1.txt" else None)
+def check(text, **options):
+    return check_citations(text, HITS, page_at=lambda path, offset: 7 if path == "1.txt" else None, **options)
 
 
 def test_a_right_marker_stays_and_points_at_the_sentence():
@@ -64,3 +66,41 @@ def test_chinese_brackets_count_as_markers():
 def test_the_refusal_is_recognised_with_or_without_a_marker():
     assert is_refusal(REFUSAL["en"]) and is_refusal(REFUSAL["zh"] + " [1]")
     assert not is_refusal("The rent is due.")
+
+
+def test_strict_takes_out_what_nothing_supports_and_still_reports_it():
+    text = "Sure! The lease began on 3 May 2021 [1]. Elephants never forget their keepers [1].\n押金为三个月租金。"
+    checked = check(text, strict=True)
+    assert checked.text == "Sure! The lease began on 3 May 2021 [1]. 押金为三个月租金。 [3]"
+    assert checked.unsupported == ("Elephants never forget their keepers.",)
+    assert check("Elephants never forget their keepers [1].", strict=True).text == ""
+
+
+@pytest.mark.parametrize(
+    ("said", "holds"),
+    [
+        ("押金为3个月租金。", True), ("押金为四个月租金。", False), ("押金为两个月租金。", False),
+        ("The deposit is 3 months of rent.", True), ("The deposit is four months of rent.", False),
+    ],
+)  # fmt: skip
+def test_numbers_agree_however_they_are_written(said, holds):
+    assert bool(check(said).citations) == holds
+
+
+def test_chinese_numerals_are_read_as_numbers():
+    values = {"三": 3, "十": 10, "十二": 12, "二十五": 25, "一百零五": 105, "一万二千": 12_000, "二〇二一": 2021, "两千": 2000}
+    for numeral, value in values.items():
+        assert _numbers(f"共{numeral}年") == {str(value)}, numeral
+
+
+def test_a_name_that_the_passage_does_not_hold_is_unsupported():
+    text = "The bridge of Kelvin was rebuilt by Morton in 1954. It carries trams. Its toll is paid in Harwich."
+    hits = (Hit(Chunk("a.txt", text, 0, len(text)), 1.0),)
+
+    def supported(said):
+        return bool(check_citations(said, hits, page_at=lambda path, offset: None).citations)
+
+    assert supported("The bridge of Kelvin was rebuilt by Morton in 1954.")
+    assert not supported("The bridge of Kelvin was rebuilt by Preston in 1954.")
+    assert supported("The toll of the Kelvin bridge is paid in Harwich.")  # named two sentences before
+    assert not supported("Its toll is paid in Dover.")

@@ -160,3 +160,14 @@ def test_an_answer_holds_the_prompt_and_the_memory_it_was_made_with(folder):
     assert answer.to_dict(with_prompt=True)["prompt"] == answer.prompt
     (batched,) = rag.batch(["How much is the monthly rent of the flat?"])
     assert batched.prompt == answer.prompt
+
+
+def test_strict_shows_only_what_is_supported_and_refuses_where_nothing_is(folder):
+    rag = Rag.open(settings=Settings(kb=str(folder), citations="strict"))
+    rag.use_generator(ScriptedGenerator(
+        "The monthly rent is 1,250 euros. Elephants never forget their keepers.", "Elephants never forget their keepers.",
+    ))
+    answer = rag.ask("How much is the monthly rent of the flat?")
+    assert answer.text == "The monthly rent is 1,250 euros [1]."
+    assert answer.unsupported == ("Elephants never forget their keepers.",)
+    assert rag.ask("How much is the monthly rent of the flat?").refused
