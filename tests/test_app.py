@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -308,3 +310,28 @@ def test_thumbs_and_conversations_outlive_another_ingest(
     again = ConversationStore(kb).get(entry.id)
     assert again is not None and again.turns[0].feedback == 0
     assert again.turns[0].answer == turn.answer and again.turns[0].answer.prompt
+
+
+def test_what_is_added_while_an_ingest_runs_is_read_after_it(tmp_path: Path) -> None:
+    release = threading.Event()
+
+    class SlowEmbedder(WordEmbedder):
+        def embed_passages(self, texts: Any) -> Any:
+            release.wait(10)
+            return super().embed_passages(texts)
+
+    store: Any = SimpleNamespace(embedder=lambda settings: SlowEmbedder())
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.md").write_text(FEES, encoding="utf-8")
+    settings, desk = Settings(kb=str(tmp_path / "kb")), SyncDesk()
+    first = desk.start([tmp_path / "first"], settings, store)
+    second = desk.start([tmp_path / "second"], settings, store, [("x.exe", "no reader")])
+    assert desk.current(settings.kb) is first and desk.is_busy(settings.kb)
+    release.set()
+    end = time.monotonic() + 20
+    while not second.is_ended and time.monotonic() < end:
+        time.sleep(0.02)
+    assert first.is_ended and not desk.is_busy(settings.kb)
+    assert desk.current(settings.kb) is second and second.rejected == (("x.exe", "no reader"),)
+    assert [first.report.counts["added"], second.report.counts["added"]] == [1, 1]  # type: ignore[union-attr]

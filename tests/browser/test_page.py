@@ -289,6 +289,7 @@ def test_a_conversation_is_kept_renamed_found_corrected_and_exported(visit: Any)
     search.fill("leave out")
     search.press("Enter")
     page.locator('[class*="st-key-open-"]', has_text="Norms of layers").wait_for()
+    page.wait_for_selector(IDLE)
     with page.expect_download() as download:
         page.get_by_text("Export as Markdown").click()
     exported = Path(download.value.path()).read_text(encoding="utf-8")
