@@ -124,10 +124,10 @@ def test_an_answer_is_shown_with_its_source_highlighted(kb: Path, store: Scripte
 
 
 def test_a_document_with_a_script_changes_nothing(kb: Path, store: ScriptedStore) -> None:
-    store.scripted.texts = ["The caretaker is Mr Weber. <img src=x onerror=alert(1)> [1]"]
+    store.scripted.texts = ["The caretaker <img src=x onerror=alert(1)> is Mr Weber [1]."]
     shown = html(ask(open_page(), "Who is the caretaker?"))
     assert "<script" not in shown and "<img" not in shown
-    assert "&lt;script&gt;" in shown and "&lt;img" in shown
+    assert "&lt;script&gt;" in shown and "img src=x onerror" in shown
 
 
 def test_both_languages_are_spoken(kb: Path, store: ScriptedStore) -> None:
