@@ -90,6 +90,41 @@ def strip_markers(text: str) -> str:
     return MARKER.sub("", text).strip()
 
 
+# What may still become a marker: blanks, an open bracket, numbers.
+_BEGUN = re.compile(r"[ \t]*(?:[\[【][\s\d,，、]{0,24})?$")
+
+
+class MarkerStream:
+    """A stream of text in which a marker comes whole or not at all, however its tokens were cut.
+
+    Markers of passages that aren't there are left out, as they will be in the checked answer.
+    """
+
+    def __init__(self, hits: int) -> None:
+        self._hits = hits
+        self._held = ""
+
+    def push(self, piece: str) -> str:
+        """What can be shown now; what could be the beginning of a marker waits."""
+        pending = self._held + piece
+        begun = _BEGUN.search(pending)
+        assert begun is not None, "the pattern matches the empty end too"
+        self._held = pending[begun.start() :]
+        return self._checked(pending[: begun.start()])
+
+    def finish(self) -> str:
+        """What is left at the end."""
+        rest, self._held = self._held, ""
+        return self._checked(rest)
+
+    def _checked(self, text: str) -> str:
+        return MARKER.sub(self._if_there, text)
+
+    def _if_there(self, match: re.Match[str]) -> str:
+        numbers = [int(number) for number in re.findall(r"\d+", match.group(1))]
+        return match.group() if all(1 <= number <= self._hits for number in numbers) else ""
+
+
 def is_refusal(text: str) -> bool:
     """Whether a model said that the passages hold no answer, in the words it was told to use."""
     bare = normalise(strip_markers(text)).rstrip("。. ")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rag.answer import Answer, Citation, GenerationStats, Hit
-from rag.citations import check_citations, is_refusal, strip_markers, unlinked
+from rag.citations import MarkerStream, check_citations, is_refusal, strip_markers, unlinked
 from rag.confidence import Calibration
 from rag.embedder import Embedder, load_embedder
 from rag.errors import InputError
@@ -141,6 +141,7 @@ class Rag:
         )
         held_back = self._calibration is not None
         pieces: list[str] = []
+        markers = MarkerStream(len(prompt.hits))
         while True:
             try:
                 piece = next(writing)
@@ -148,8 +149,10 @@ class Rag:
                 result: GenerationResult = end.value
                 break
             pieces.append(piece)
-            if not held_back:
-                yield piece
+            if not held_back and (shown := markers.push(piece)):
+                yield shown
+        if not held_back and (shown := markers.finish()):
+            yield shown
         answer = replace(
             self._compose(plan, prompt, result), prompt=self.generator.prompt_text(prompt)
         )

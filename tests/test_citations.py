@@ -1,7 +1,9 @@
+import re
+
 import pytest
 
 from rag.answer import Hit
-from rag.citations import _numbers, check_citations, is_refusal, strip_markers
+from rag.citations import MarkerStream, _numbers, check_citations, is_refusal, strip_markers
 from rag.document import Chunk
 from rag.language import REFUSAL
 
@@ -104,3 +106,26 @@ def test_a_name_that_the_passage_does_not_hold_is_unsupported():
     assert not supported("The bridge of Kelvin was rebuilt by Preston in 1954.")
     assert supported("The toll of the Kelvin bridge is paid in Harwich.")  # named two sentences before
     assert not supported("Its toll is paid in Dover.")
+
+
+def streamed(pieces, hits=3):
+    stream = MarkerStream(hits)
+    return [*(stream.push(piece) for piece in pieces), stream.finish()]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Rent is due [1]. Pets may [2, 3].", "押金为三个月【3】。利息不退 [1][2]", "a [1", "x = a[0", "array [ 12 ] and [note] here"],
+)
+def test_a_marker_in_a_stream_comes_whole_or_not_at_all(text):
+    for size in (1, 2, 3, 5):
+        pieces = streamed([text[at : at + size] for at in range(0, len(text), size)])
+        assert "".join(pieces) == text.replace(" [ 12 ]", "")
+        shown = ""
+        for piece in pieces[:-1]:
+            shown += piece
+            assert not re.search(r"[\[【][\d\s,]*$", shown), shown
+
+
+def test_a_marker_of_no_passage_never_shows_in_a_stream():
+    assert "".join(streamed(list("Cats [9] sleep [0] here [2]."))) == "Cats sleep here [2]."
