@@ -105,14 +105,17 @@ def _static_layer(folder: Path) -> Path | None:
     return folder / str(modules[0]["path"])
 
 
-def _is_local(tokenizer_file: Path) -> bool:
+def _is_local(tokenizer: Any) -> bool:
     """Whether a text's tokens are those of its pieces (`_PIECE`), one after the other.
 
     So it is where text is cut at white space and at every mark first, and each character is
     normalised by itself or with the accents behind it.
     """
-    described = json.loads(tokenizer_file.read_text(encoding="utf-8"))
-    normalizer, cutter = described.get("normalizer") or {}, described.get("pre_tokenizer") or {}
+    if tokenizer.normalizer is None or tokenizer.pre_tokenizer is None:
+        return False
+    # As in tokenizer.json, without reading its megabyte of words.
+    normalizer = json.loads(tokenizer.normalizer.__getstate__())
+    cutter = json.loads(tokenizer.pre_tokenizer.__getstate__())
     kinds = {part.get("type") for part in normalizer.get("normalizers", [normalizer])}
     first, *rest = cutter.get("pretokenizers", [cutter])
     return (
@@ -147,7 +150,7 @@ class StaticEmbedder:
             raise EmbedderError(f"{weights_file} has no tensor named embedding.weight.")
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._tokens_of: dict[str, tuple[int, ...]] | None = {} if _is_local(tokenizer_file) else None
+        self._tokens_of: dict[str, tuple[int, ...]] | None = {} if _is_local(self._tokenizer) else None
         special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
         self._odd = (*_SEPARATOR_CODES, *special)
         self._table: Vectors = np.ascontiguousarray(table, dtype=np.float32)  # (V, dim)
