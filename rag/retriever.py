@@ -25,6 +25,7 @@ CANDIDATES = 48  # from each of dense and term search, and compared in full
 _MAX_QUESTION_TERMS = 64  # the heaviest ones of a question as long as a page
 _DUPLICATE = 0.92  # Jaccard similarity of term sets from which two passages say the same
 _LONGEST_JOINED = 2_400  # characters
+_WIDEST_GAP = 700  # characters between two passages of one place, in a file without pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +125,16 @@ class Retriever:
         if not stored:
             return Retrieval(weighed, (), np.zeros(len(FEATURES)), np.zeros(len(FEATURES)))
         first = rank(features, weighed.language)
-        front = sorted(range(len(stored)), key=lambda at: (-first[at], stored[at].row))
-        front = front[: max(CLOSE, k + 4)]
+        by_first = sorted(range(len(stored)), key=lambda at: (-first[at], stored[at].row))
+        front, rest = by_first[: max(CLOSE, k + 4)], by_first[max(CLOSE, k + 4) :]
         close = rank_closely(
             question, first[front], [stored[at].chunk.text for at in front], weighed.language
         )
         scores = dict(zip(front, close.tolist(), strict=True))
-        order = sorted(front, key=lambda at: (-scores[at], stored[at].row))
+        order = sorted(front, key=lambda at: (-scores[at], stored[at].row)) + rest
+        # Where so many are joined that places are left: the others, behind all that was compared closely.
+        lowest = scores[order[len(front) - 1]]
+        scores |= {at: lowest + float(first[at] - first[front[-1]]) for at in rest}
         hits: list[Hit] = []
         kept: list[StoredChunk] = []
         kept_rows: list[int] = []
@@ -140,21 +144,19 @@ class Retriever:
             candidate = stored[at]
             if any(_says_the_same(candidate, other) for other in kept):
                 continue
-            hit = Hit(
+            hit = self._with_page(Hit(
                 chunk=candidate.chunk, score=scores[at],
                 dense_score=float(features[at, 1]), bm25_score=float(features[at, 0]),
-            )
+            ), weighed)
             kept.append(candidate)
             kept_rows.append(at)
-            neighbour = next(
-                (n for n, other in enumerate(hits) if _can_join(other.chunk, hit.chunk)), None
-            )
+            neighbour = next((n for n, other in enumerate(hits) if _can_join(other, hit)), None)
             if neighbour is None:
                 hits.append(hit)
             else:
                 hits[neighbour] = self._joined(hits[neighbour], hit)
         return Retrieval(
-            weighed=weighed, hits=tuple(self._with_page(hit, weighed) for hit in hits),
+            weighed=weighed, hits=tuple(hits),
             best_match=features[kept_rows].max(axis=0), pool_match=np.median(features, axis=0),
         )
 
@@ -179,14 +181,16 @@ class Retriever:
     def _joined(self, first: Hit, second: Hit) -> Hit:
         """Two neighbouring passages as one, with the text between them."""
         low, high = sorted((first.chunk, second.chunk), key=lambda chunk: chunk.start)
-        text = self.base.document(low.path).text[low.start : high.end]
+        end = max(low.end, high.end)  # one may stand inside what was joined before
+        text = self.base.document(low.path).text[low.start : end]
         shared = 0
         for a, b in zip(low.headings, high.headings, strict=False):
             if a != b:
                 break
             shared += 1
         chunk = replace(
-            low, text=text, end=high.end, last_page=high.last_page, headings=low.headings[:shared]
+            low, text=text, end=end, headings=low.headings[:shared],
+            last_page=high.last_page if high.end == end else low.last_page,
         )
         return replace(first, chunk=chunk)
 
@@ -223,11 +227,14 @@ def _says_the_same(first: StoredChunk, second: StoredChunk) -> bool:
     return len(a & b) >= _DUPLICATE * len(a | b)
 
 
-def _can_join(first: Chunk, second: Chunk) -> bool:
-    """Whether one follows the other in the same file and page, and both together stay readable."""
-    if first.path != second.path or first.last_page != second.page and first.page != second.last_page:
+def _can_join(first: Hit, second: Hit) -> bool:
+    """Whether two hits are of one place: the same page, or near each other where there are no pages.
+
+    What is found is worth more when it comes from different places, and a passage reads better with
+    what stands between its parts; so both become one, as long as that stays readable.
+    """
+    low, high = sorted((first.chunk, second.chunk), key=lambda chunk: chunk.start)
+    if low.path != high.path or first.page != second.page:
         return False
-    low, high = sorted((first, second), key=lambda chunk: chunk.start)
-    if low.last_page != high.page or low.page != high.last_page:
-        return False
-    return 0 <= high.start - low.end <= 4 and high.end - low.start <= _LONGEST_JOINED
+    near = first.page is not None or high.start - low.end <= _WIDEST_GAP
+    return near and max(low.end, high.end) - low.start <= _LONGEST_JOINED

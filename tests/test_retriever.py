@@ -1,0 +1,58 @@
+"""Hits come from different places, and what is of one place is one hit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rag.document import Chunk, Document, Page
+from rag.embedder import load_embedder
+from rag.knowledge import FileRecord, KnowledgeBase
+from rag.retriever import Retriever
+
+FERRY = (
+    "The ferry leaves Holm at 7 in the morning. ",
+    "Bicycles travel free of charge. ",
+    "The ferry back leaves the island at 6 in the evening. ",
+)
+OTHER = "A second ferry leaves from the northern harbour on Sundays. "
+
+
+def retriever(folder: Path, texts: tuple[str, ...], pages: tuple[int, ...] | None) -> Retriever:
+    """A base with a file of `texts` as its chunks, on `pages`, and another file."""
+    embedder = load_embedder("bundled")
+    base = KnowledgeBase.create(folder)
+    with base.writing():
+        base.bind_embedder(embedder)
+        for path, parts, numbers in (("ferry.txt", texts, pages), ("other.txt", (OTHER,), None)):
+            chunks, at, starts = [], 0, {}
+            for number, part in zip(numbers or [None] * len(parts), parts, strict=True):
+                chunks.append(Chunk(path, part, at, at + len(part), page=number, last_page=number))
+                at += len(part)
+                starts[number] = (starts.get(number, (at - len(part),))[0], at)
+            document = Document(
+                path, "".join(parts), "pdf" if numbers else "txt",
+                pages=tuple(Page(n, *span) for n, span in starts.items()) if numbers else (),
+            )
+            vectors = embedder.embed_passages([chunk.indexed_text for chunk in chunks])
+            base.put_file(FileRecord(path, path, 1, "ok"), document, chunks, vectors)
+        base.publish()
+    return Retriever(base, embedder)
+
+
+def test_two_passages_of_one_page_are_one_hit_with_what_stands_between(tmp_path):
+    hits = retriever(tmp_path / "kb", FERRY, (1, 1, 1)).retrieve("When does the ferry leave?", 3)
+    assert [hit.chunk.path for hit in hits] in (["ferry.txt", "other.txt"], ["other.txt", "ferry.txt"])
+    (ferry,) = (hit for hit in hits if hit.chunk.path == "ferry.txt")
+    assert ferry.chunk.text == "".join(FERRY) and (ferry.chunk.start, ferry.page) == (0, 1)
+
+
+def test_passages_of_different_pages_stay_different_hits(tmp_path):
+    hits = retriever(tmp_path / "kb", FERRY, (1, 2, 3)).retrieve("When does the ferry leave?", 4)
+    assert sorted(hit.page for hit in hits if hit.page) == [1, 2, 3]
+
+
+def test_passages_far_apart_in_a_file_without_pages_stay_different_hits(tmp_path):
+    far = (FERRY[0], "Tickets are sold on board. " * 40, FERRY[2])  # 1,080 characters between
+    hits = retriever(tmp_path / "kb", far, None).retrieve("When does the ferry leave Holm and the island?", 3)
+    starts = [hit.chunk.start for hit in hits if hit.chunk.path == "ferry.txt"]
+    assert 0 in starts and len(FERRY[0]) + 1_080 in starts
