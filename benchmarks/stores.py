@@ -44,10 +44,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the measuring sets")
     parser.add_argument("--set", default="cmrc2018_dev")
     parser.add_argument("--milvus", metavar="URI", help="a server or file (default: Milvus Lite)")
+    parser.add_argument("--questions", type=int, default=0, help="ask this many, evenly taken; 0 asks all")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="stores-") as work:
         folder = Path(work) / "docs"
         questions = paragraphs_as_files(options.data / f"{options.set}.json.xz", folder)
+        if options.questions:
+            questions = questions[:: max(1, len(questions) // options.questions)][: options.questions]
         kb, uri = str(Path(work) / "kb"), options.milvus or str(Path(work) / "kb.db")
         sync([folder], settings=Settings(kb=kb))
         print(f"move: {move_to_milvus(KnowledgeBase.open(kb), uri).describe()}")
