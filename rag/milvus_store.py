@@ -700,8 +700,12 @@ class MilvusStore:
     # what is derived: the counts of terms
 
     def publish(self) -> None:
-        """Store the counts of terms, so that they agree with the chunks."""
+        """Store the counts of terms, so that they agree with the chunks, and let Milvus index what is new."""
         self._store_counts()
+        # What hasn't been flushed is searched row by row.
+        for collection in (self._records, self._terms, self._state().chunks_collection):
+            if collection:
+                self._client.flush(collection)
 
     def _store_counts(self) -> None:
         total = self._counted.pop(_NO_TERM, 0)
