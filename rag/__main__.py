@@ -1,4 +1,4 @@
-"""python -m rag ask | batch | retrieve | eval | questions | calibrate | doctor"""
+"""python -m rag ask | batch | retrieve | eval | questions | calibrate | serve | doctor"""
 
 from __future__ import annotations
 
@@ -96,10 +96,21 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     calibrate.set_defaults(run=_calibrate)
 
+    serve = commands.add_parser("serve", help="answer other programs over HTTP, as OpenAI's clients ask")
+    serve.add_argument("--host", default="127.0.0.1", help="where to listen; elsewhere only with keys (default: 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, help="(default: 8000)")
+    serve.add_argument("--keys", type=Path, metavar="FILE", help="who may ask: `NAME KEY` in each line (or the variable RAG_SERVE_KEYS)")
+    serve.add_argument("--rate", type=int, default=60, help="requests a minute for each key; 0: any number (default: 60)")
+    serve.add_argument("--running", type=int, default=8, help="answers written at once (default: 8)")
+    serve.add_argument("--waiting", type=int, default=32, help="requests that wait; more get 429 (default: 32)")
+    serve.add_argument("--max-body-bytes", type=int, default=1_000_000, help="largest request (default: 1000000)")
+    serve.add_argument("--grace-seconds", type=float, default=30.0, help="for what runs at the end (default: 30)")
+    serve.set_defaults(run=_serve)
+
     doctor = commands.add_parser("doctor", help="check settings, knowledge base and models; repair")
     doctor.set_defaults(run=_doctor)
 
-    for command in (ask, retrieve, batch, evaluate, questions, calibrate, doctor):
+    for command in (ask, retrieve, batch, evaluate, questions, calibrate, serve, doctor):
         _add_settings(command)
     return parser
 
@@ -363,6 +374,20 @@ def _calibrate(options: argparse.Namespace, settings: Settings) -> int:
     if options.json:
         print(json.dumps(asdict(found), ensure_ascii=False))
     return 0
+
+
+def _serve(options: argparse.Namespace, settings: Settings) -> int:
+    from rag.pipeline import Rag
+
+    try:
+        from rag.serve import ServeOptions, read_keys, serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "uvicorn", "prometheus_client"):
+            raise
+        raise InputError(f"serving needs the package {error.name}: pip install 'local-rag[serve]'") from error
+    chosen = ServeOptions(**{field.name: getattr(options, field.name) for field in fields(ServeOptions)})
+    keys = read_keys(chosen, os.environ)
+    return serve(Rag.open(settings=settings), chosen, keys)
 
 
 def _doctor(options: argparse.Namespace, settings: Settings) -> int:

@@ -111,8 +111,9 @@ class Settings:
 
 
 _TYPES: dict[str, str] = {field_.name: str(field_.type) for field_ in fields(Settings)}
-# Read elsewhere and therefore not a misspelt setting: where the file is, and the page's password.
-_OTHER_VARIABLES = {"RAG_CONFIG", "RAG_PASSWORD"}
+# Read elsewhere and therefore not a misspelt setting: where the file is, and what must not stand in
+# one: the page's password, the keys of those who are served.
+_OTHER_VARIABLES = {"RAG_CONFIG", "RAG_PASSWORD", "RAG_SERVE_KEYS"}
 
 
 def _refuse_unknown(values: Mapping[str, Any], where: str) -> None:
