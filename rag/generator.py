@@ -39,6 +39,7 @@ _TURN_ENDS = (
 )  # fmt: skip
 _READER_END = "<|end|>"
 _BLOCK_TOKENS = ("<|blocks|>", "<|passage|>", "<|question|>")
+_ELSEWHERE = "openai:"
 _PLAIN_STOPS = ("\nQuestion:", "\n问题：")
 
 # A fast tokenizer changes its own settings while it encodes, and fails with "Already borrowed" where
@@ -59,6 +60,8 @@ class GenerationResult:
     `top_logprobs` has, for each of them, the most probable tokens of its place with theirs, highest
     first; empty where none were asked for.
     `tokens_per_second` counts from the first token on; 0.0 where there were fewer than two.
+    From a generator elsewhere there are no `token_ids`, log-probabilities only where it gives them,
+    and with `counts_estimated` the numbers of tokens are reckoned from the text.
     """
 
     text: str
@@ -71,6 +74,7 @@ class GenerationResult:
     seconds_to_first_token: float
     tokens_per_second: float
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    counts_estimated: bool = False
 
 
 class TextStream:
@@ -505,11 +509,16 @@ def _result(event: FinishEvent, text: TextStream, tokens: list[TokenEvent]) -> G
 
 
 def load_generator(settings: Settings) -> Generator:
-    """Load the generator that the settings name, on the device and in the dtype they name.
+    """Load the generator that the settings name, on the device and in the dtype they name; or find
+    the server of one that begins with `openai:`.
 
     Raises GeneratorError where it can't be found, is not a causal LM in safetensors, or does not
     fit into free memory; nothing else is ever loaded in its place.
     """
+    if settings.generator.startswith(_ELSEWHERE):
+        from rag.remote import load_remote
+
+        return load_remote(settings)
     from transformers import AutoTokenizer
 
     from rag.engine import create_engine
@@ -603,6 +612,11 @@ def find_model(name: str) -> Path:
                 "python -m rag.bundled.train_reader, or set generator to a folder or hub name."
             )
         return BUNDLED_READER
+    if name.startswith(_ELSEWHERE):
+        raise GeneratorError(
+            f"the generator {name!r} runs on a server; none of its files are here. Choose a model on "
+            "this machine to look inside."
+        )
     path = Path(name).expanduser()
     if path.is_dir():
         return path

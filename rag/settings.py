@@ -24,7 +24,9 @@ class Settings:
     store: str = "embedded"  # "embedded" (SQLite and FAISS in that folder) or "milvus"
     milvus_uri: str = ""  # of the store "milvus": a file NAME.db, or http://host:19530, and #BASE
     embedder: str = "bundled"  # "bundled", a folder, or a Hugging Face name
-    generator: str = "bundled"  # "bundled", a folder, or a Hugging Face name
+    generator: str = "bundled"  # "bundled", a folder, a Hugging Face name, or openai:http://host/v1#model
+    remote_context_length: int = 0  # of a generator elsewhere, in its tokens; 0: what its server says
+    remote_seconds: float = 60.0  # longest wait for the next piece from a generator elsewhere
     device: str = "auto"  # "auto", "auto-map" (over all GPUs), "cpu", "cuda", "cuda:1", "mps"
     dtype: str = "auto"  # "auto", "float32", "bfloat16", "float16", "int8", "int4"
     kv_dtype: str = "auto"  # of the KV cache: "auto" (the compute dtype), "int8"
@@ -67,6 +69,8 @@ class Settings:
         self._check_range("chunk_tokens", 32, 8192)
         self._check_range("max_prompt_tokens", 128, 1_000_000)
         self._check_range("max_new_tokens", 1, 100_000)
+        self._check_range("remote_context_length", 0, 10_000_000)
+        self._check_range("remote_seconds", 0.1, 86_400.0)
         self._check_range("temperature", 0.0, 5.0)
         self._check_range("top_p", 0.01, 1.0)
         self._check_range("sampling_top_k", 0, 1_000_000)
@@ -112,8 +116,8 @@ class Settings:
 
 _TYPES: dict[str, str] = {field_.name: str(field_.type) for field_ in fields(Settings)}
 # Read elsewhere and therefore not a misspelt setting: where the file is, and what must not stand in
-# one: the page's password, the keys of those who are served.
-_OTHER_VARIABLES = {"RAG_CONFIG", "RAG_PASSWORD", "RAG_SERVE_KEYS"}
+# one: the page's password, the keys of those who are served, the key for a generator elsewhere.
+_OTHER_VARIABLES = {"RAG_CONFIG", "RAG_PASSWORD", "RAG_SERVE_KEYS", "RAG_GENERATOR_KEY"}
 
 
 def _refuse_unknown(values: Mapping[str, Any], where: str) -> None:

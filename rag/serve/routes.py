@@ -177,12 +177,14 @@ class Service:
 
     async def _chat_model(self, asked: ChatRequest, request: Request) -> Response:
         from rag.generator import Generator
+        from rag.remote import RemoteGenerator
 
         generator = self.rag.generator
+        here = isinstance(generator, Generator) and not isinstance(generator, RemoteGenerator)
         if asked.top_logprobs and not asked.logprobs:
             raise InputError("top_logprobs needs logprobs to be true.")
-        if asked.logprobs and not isinstance(generator, Generator):
-            raise InputError("log-probabilities are given only where the model runs in this server.")
+        if asked.logprobs and not here:
+            raise InputError("logprobs are given only where the model runs in this server.")
         prompt = Prompt(hits=(), messages=tuple(message.plain() for message in asked.messages))
         pieces = await self._begin(_bare(self._chosen(asked), prompt, asked), request)
         reply = Reply(self._model)
