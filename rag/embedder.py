@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rag.errors import EmbedderError
+from rag.simplified import simplify
 
 Vectors = npt.NDArray[np.float32]
 
@@ -80,7 +81,7 @@ def load_embedder(name: str, *, device: str = "auto") -> Embedder:
             )
         static = _static_layer(folder)
         if static is not None:
-            return StaticEmbedder(name, static)
+            return StaticEmbedder(name, static, simplifies=_simplifies(folder))
     elif os.sep in name and name.count("/") != 1 or name.startswith((".", "~", "/")):
         raise EmbedderError(f"the embedder folder {name} does not exist.")
     return TransformerEmbedder(name, device=device)
@@ -103,6 +104,14 @@ def _static_layer(folder: Path) -> Path | None:
     if any(config.get("prompts", {}).values()) or config.get("truncate_dim"):
         return None  # left to sentence-transformers, which knows these options
     return folder / str(modules[0]["path"])
+
+
+def _simplifies(folder: Path) -> bool:
+    """Whether the model was trained on simplified Chinese only and says so in its configuration."""
+    config_file = folder / "config_sentence_transformers.json"
+    return config_file.is_file() and bool(
+        json.loads(config_file.read_text(encoding="utf-8")).get("simplifies_chinese", False)
+    )
 
 
 def _is_local(tokenizer: Any) -> bool:
@@ -130,9 +139,10 @@ class StaticEmbedder:
     """The mean of a text's token vectors, of unit length.
 
     Equal to sentence-transformers' StaticEmbedding with Normalize (tested), without importing torch.
+    `simplifies`: it was trained on simplified Chinese characters and reads traditional ones as such.
     """
 
-    def __init__(self, name: str, layer: Path) -> None:
+    def __init__(self, name: str, layer: Path, *, simplifies: bool = False) -> None:
         from safetensors.numpy import load_file
         from tokenizers import Tokenizer
 
@@ -154,11 +164,14 @@ class StaticEmbedder:
         special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
         self._odd = (*_SEPARATOR_CODES, *special)
         self._table: Vectors = np.ascontiguousarray(table, dtype=np.float32)  # (V, dim)
+        self._simplifies = simplifies
         self.name = name
         self.dim = int(self._table.shape[1])
         self.max_tokens: int | None = None
         digest = hashlib.sha256(weights_file.read_bytes())
         digest.update(tokenizer_file.read_bytes())
+        if simplifies:
+            digest.update(b"simplified")
         self.fingerprint = digest.hexdigest()[:16]
 
     def embed_passages(self, texts: Sequence[str]) -> Vectors:
@@ -194,7 +207,7 @@ class StaticEmbedder:
         self, texts: Sequence[str]
     ) -> list[tuple[list[int], npt.NDArray[np.int64]]]:
         """`token_ids` of each text with the tokens' [start, end) characters, int64 (tokens, 2)."""
-        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        encoded = self._tokenizer.encode_batch(self._as_read(texts), add_special_tokens=False)
         return [(item.ids, np.array(item.offsets, dtype=np.int64).reshape(-1, 2)) for item in encoded]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
@@ -216,8 +229,11 @@ class StaticEmbedder:
         return list(map(_PIECE.findall, texts))
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        encoded = self._tokenizer.encode_batch_fast(self._as_read(texts), add_special_tokens=False)
         return [item.ids for item in encoded]
+
+    def _as_read(self, texts: Sequence[str]) -> list[str]:
+        return list(map(simplify, texts)) if self._simplifies else list(texts)
 
     def _know(self, texts: Sequence[Sequence[str]]) -> dict[str, tuple[int, ...]]:
         """The tokens of every piece of the texts, and of others.

@@ -2,7 +2,7 @@
 
 Bigrams need no dictionary and do as well as a word segmenter on Chinese retrieval. Passages and
 questions go through the same normalisation, so full-width and half-width, case, and English
-inflection meet each other.
+inflection, and traditional and simplified characters meet each other.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from functools import lru_cache
 from operator import add
 
 import snowballstemmer
+
+from rag.simplified import simplify
 
 HAN = "\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 _RUN = re.compile(rf"[{HAN}]+|[^\W_{HAN}]+")
@@ -52,8 +54,9 @@ def _stem(word: str) -> str:
 
 
 def normalise(text: str) -> str:
-    """NFKC (full-width to half-width, ligatures apart), lower case, English possessives dropped."""
-    return _POSSESSIVE.sub("", unicodedata.normalize("NFKC", text).lower())
+    """NFKC (full-width to half-width, ligatures apart), lower case, simplified characters, English
+    possessives dropped."""
+    return _POSSESSIVE.sub("", simplify(unicodedata.normalize("NFKC", text).lower()))
 
 
 def passage_terms(text: str) -> list[str]:

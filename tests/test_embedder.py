@@ -141,3 +141,10 @@ def test_a_hub_name_that_is_not_on_this_disk_says_so(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(EmbedderError, match="someone/missing-model"):
         load_embedder("someone/missing-model")
+
+
+def test_the_bundled_embedder_reads_traditional_characters_as_simplified_ones(bundled):
+    traditional, simplified = bundled.embed_passages(["知識庫裡的資料", "知识库里的资料"])
+    assert np.array_equal(traditional, simplified)
+    ((ids, spans),) = bundled.token_spans(["資料庫"])
+    assert ids == bundled.token_ids(["资料库"])[0] and spans[-1][1] == 3

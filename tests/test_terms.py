@@ -11,6 +11,10 @@ def test_full_width_and_half_width_meet():
     assert passage_terms("ＫＶ缓存１２") == passage_terms("KV缓存12")
 
 
+def test_traditional_and_simplified_characters_meet():
+    assert passage_terms("記憶體與資料庫") == passage_terms("记忆体与资料库")
+
+
 def test_words_that_only_ask_are_not_searched_for():
     assert question_terms("What is the size of a page?") == ["size", "page"]
     assert question_terms("什么是缓存？") == ["缓存"]

@@ -249,7 +249,7 @@ def save(weight: torch.Tensor, tokenizer: Tokenizer, out: Path, card: str) -> No
     (out / "modules.json").write_text(json.dumps(modules, indent=2) + "\n")
     (out / "config_sentence_transformers.json").write_text(
         json.dumps({"model_type": "SentenceTransformer", "prompts": {}, "default_prompt_name": None,
-                    "similarity_fn_name": "cosine"}, indent=2) + "\n"
+                    "similarity_fn_name": "cosine", "simplifies_chinese": True}, indent=2) + "\n"
     )
     if card:
         (out / "README.md").write_text(card, encoding="utf-8")
