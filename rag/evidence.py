@@ -2,8 +2,9 @@
 
 Sentences are scored by features that need no language model: how much of the question's term
 weight they hold, how near they are in the embedding, whether they hold the kind of thing that is
-asked for (a number, a date, a name, a place, a reason). Weights are fitted on reading-comprehension
-questions (`python -m rag.bundled.fit_ranking`).
+asked for (a number, a date, a name, a place, a reason), and what a small trained network makes of
+them (`rag.extractor`). Weights are fitted on reading-comprehension questions, as they are and in
+other words (`python -m rag.bundled.fit_ranking`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rag.answer import Hit
+from rag.extractor import bundled_extractor
 from rag.language import detect_language
 from rag.ranking import FEATURES as MATCH_FEATURES
 from rag.sentences import sentence_spans
@@ -42,7 +44,9 @@ FEATURES = (
     "question",  # whether it is a question itself
     "first",  # whether its passage begins with it
     "place",  # share of the question's term weight in title and headings
+    "read",  # log of the sentence's share among all places where the extractor sees an answer begin
 )
+_LEAST_READ = -10.0
 
 _ASKS = {
     "number": re.compile(
@@ -110,10 +114,22 @@ def asked_for(question: str) -> set[str]:
     return {kind for kind, pattern in _ASKS.items() if pattern.search(lowered)}
 
 
+@dataclass(frozen=True, slots=True)
+class SentenceFeatures:
+    """Every sentence of the hits, scores still 0, with its features, float64 (n, FEATURES).
+
+    `absent` is the logarithm of the extractor's share for "none of them answers".
+    """
+
+    sentences: list[Evidence]
+    rows: npt.NDArray[np.float64]
+    absent: float
+
+
 def sentence_features(
     question: str, terms: Sequence[str], weights: Mapping[str, float], hits: Sequence[Hit]
-) -> tuple[list[Evidence], npt.NDArray[np.float64]]:
-    """Every sentence of the hits (scores still 0) and its features, float64 (n, FEATURES)."""
+) -> SentenceFeatures:
+    """What is known of every sentence of the hits, headings left out."""
     sentences: list[Evidence] = []
     neighbours: list[range] = []  # for each sentence, itself and those beside it in its passage
     for number, hit in enumerate(hits, 1):
@@ -126,7 +142,8 @@ def sentence_features(
         last = len(sentences)
         neighbours += [range(max(first, at - 1), min(last, at + 2)) for at in range(first, last)]
     if not sentences:
-        return [], np.zeros((0, len(FEATURES)))
+        return SentenceFeatures([], np.zeros((0, len(FEATURES))), 0.0)
+    read = bundled_extractor().extract(question, [hit.chunk.text for hit in hits])
     soft = SoftMatch(question, [item.text for item in sentences])
     held = [passage_terms(item.text) for item in sentences]
     sets = [set(terms_).intersection(weights) for terms_ in held]
@@ -155,8 +172,12 @@ def sentence_features(
             float(item.text.endswith(("?", "？"))),
             float(neighbours[at][0] == at),
             places[item.hit_number - 1],
+            max(_LEAST_READ, read.mass(
+                item.hit_number - 1, item.start - hits[item.hit_number - 1].chunk.start,
+                item.end - hits[item.hit_number - 1].chunk.start,
+            )),
         ])
-    return sentences, np.array(rows)
+    return SentenceFeatures(sentences, np.array(rows), read.null)
 
 
 def _place_coverage(hit: Hit, weights: Mapping[str, float]) -> float:
@@ -211,27 +232,28 @@ class RankedEvidence:
 
     sentences: tuple[Evidence, ...]
     best_features: npt.NDArray[np.float64]  # float64 (FEATURES,)
-    median_features: npt.NDArray[np.float64]  # float64 (FEATURES,), over all sentences
+    absent: float  # as in SentenceFeatures
 
 
 def rank_sentences(
     question: str, terms: Sequence[str], weights: Mapping[str, float], hits: Sequence[Hit]
 ) -> RankedEvidence:
     """The sentences of the hits by how well they answer the question."""
-    sentences, features = sentence_features(question, terms, weights, hits)
+    found = sentence_features(question, terms, weights, hits)
+    sentences, features = found.sentences, found.rows
     if not sentences:
-        return RankedEvidence((), np.zeros(len(FEATURES)), np.zeros(len(FEATURES)))
+        return RankedEvidence((), np.zeros(len(FEATURES)), 0.0)
     language = detect_language(question)
     own = np.array([detect_language(item.text) == language for item in sentences])
     scores = features @ _fitted().sentence + _SAME_LANGUAGE * own
     order = [int(at) for at in np.argsort(-scores, kind="stable")]
     ranked = tuple(replace(sentences[at], score=float(scores[at])) for at in order)
-    return RankedEvidence(ranked, features[order[0]], np.median(features, axis=0))
+    return RankedEvidence(ranked, features[order[0]], found.absent)
 
 
 _SAME_LANGUAGE = 1.0  # not fitted, as SAME_LANGUAGE of the ranking
-_QUOTED_MASS = 0.9
-_MOST_QUOTED = 3
+_QUOTED_MASS = 0.95
+_MOST_QUOTED = 4
 
 
 def quotations(sentences: Sequence[Evidence]) -> list[tuple[int, int, int]]:
@@ -257,9 +279,11 @@ def quotations(sentences: Sequence[Evidence]) -> list[tuple[int, int, int]]:
 
 
 SUPPORT_FEATURES = (
-    "bias", "coverage", "context", "soft", "soft_context", "dense", "soft_gap", "pairs", "wrong_kind",
+    "bias", "coverage", "context", "soft", "soft_context", "dense", "pairs",
     "hit_coverage", "hit_window", "bm25_gap", "terms",
+    "read",  # minus the log of the extractor's share for "none of them answers"
 )
+_MOST_READ = 8.0
 
 
 def support_features(
@@ -272,15 +296,12 @@ def support_features(
     candidates, as a passage that answers stands out from what merely is of the same field.
     """
     best = dict(zip(FEATURES, evidence.best_features, strict=True))
-    usual = dict(zip(FEATURES, evidence.median_features, strict=True))
     match = dict(zip(MATCH_FEATURES, hit, strict=True))
     pool_match = dict(zip(MATCH_FEATURES, pool, strict=True))
     return np.array([
         1.0, best["coverage"], best["context"], best["soft"], best["soft_context"], best["dense"],
-        best["soft_context"] - usual["soft_context"], best["pairs"],
-        best["no_number"] + best["no_time"] + best["no_name"] + best["no_reason"],
-        match["coverage"], match["window"], match["bm25"] - pool_match["bm25"],
-        math.log1p(len(terms)),
+        best["pairs"], match["coverage"], match["window"], match["bm25"] - pool_match["bm25"],
+        math.log1p(len(terms)), min(_MOST_READ, -evidence.absent),
     ])
 
 

@@ -25,7 +25,9 @@ from rag.evidence import (
 from rag.followup import search_question
 from rag.language import REFUSAL
 from rag.prompt import Prompt, build_prompt
+from rag.refusal_threshold import kb_threshold
 from rag.retriever import Retrieval, Retriever
+from rag.sentences import one_line
 from rag.settings import Settings
 from rag.stopping import Stop
 from rag.store import Store, open_store
@@ -65,6 +67,8 @@ class Rag:
         self._generator: Generator | None = None
         self._calibration: Calibration | None = None
         self._loading = threading.Lock()
+        folder = Path(settings.kb)  # of `rag calibrate`; a store elsewhere has none
+        self._own_threshold = kb_threshold(folder, embedder.fingerprint) if settings.store == "embedded" else None
 
     @classmethod
     def open(
@@ -212,6 +216,8 @@ class Rag:
                 weighed.terms, evidence=evidence, hit=retrieval.best_match, pool=retrieval.pool_match
             )
             support, threshold = support_probability(features)
+            if self._own_threshold is not None:
+                threshold = self._own_threshold
         return _Plan(
             question=question, retrieval=retrieval, evidence=evidence, support=support,
             refuse=support < threshold, seconds_retrieval=time.perf_counter() - began, began=began,
@@ -291,7 +297,7 @@ class Rag:
             citations.append(
                 Citation(number, chunk.path, self._page_at(chunk.path, start), start, end, quote)
             )
-            lines.append(f"{unlinked(' '.join(quote.split()))} [{number}]")
+            lines.append(f"{unlinked(one_line(quote))} [{number}]")
         return Answer(
             question=plan.question, text="\n".join(lines), kind="quoted", citations=tuple(citations),
             hits=hits, confidence=plan.support, stats=stats,

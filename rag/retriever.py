@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rag.answer import Hit
-from rag.document import Chunk
 from rag.embedder import Embedder
 from rag.errors import InputError
 from rag.knowledge import StoredChunk

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from rag.terms import passage_terms
+from rag.terms import HAN, passage_terms
 
 # A full stop ends a sentence where blank space and no lower-case letter follows, so that "3.5",
 # "e.g. this" and "v2.1" stay whole. Chinese marks and line breaks always end one.
@@ -13,6 +13,14 @@ _END = re.compile(
     r"[。！？；](?:[”’」』）)\"']*)|[!?](?:[\"')\]]*)(?=\s|$)|(?<![A-Z])(?<!\b[Nn]o)(?<!\b(?:Mr|Dr|St|vs|cf))"
     r"(?<!\bMrs)(?<!\b[Ff]ig)\.(?:[\"')\]]*)(?=\s+[A-Z0-9\"'“‘(\[]|\s*$)|\n+"
 )
+
+_WIDE = rf"[{HAN}，。、；：？！“”‘’（）《》]"
+_BREAK_IN_CHINESE = re.compile(rf"(?<={_WIDE})[ \t]*\n\s*(?={_WIDE})")
+
+
+def one_line(text: str) -> str:
+    """The text with every run of blanks as one; line breaks within Chinese are no blank at all."""
+    return " ".join(_BREAK_IN_CHINESE.sub("", text).split())
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:

@@ -70,13 +70,13 @@ def sentence(number, start, end, score):
 
 def test_one_clear_winner_is_quoted_alone_and_equals_together():
     assert quotations([sentence(1, 0, 9, 5.0), sentence(1, 10, 20, 0.0)]) == [(1, 0, 9)]
-    # Two equal sentences have one half each: 0.5 < 0.9, so both are needed.
+    # Two equal sentences have one half each: 0.5 < 0.95, so both are needed.
     assert quotations([sentence(2, 0, 9, 1.0), sentence(1, 30, 40, 1.0)]) == [(2, 0, 9), (1, 30, 40)]
 
 
-def test_neighbours_become_one_quotation_and_never_more_than_three():
-    equal = [sentence(1, 10 * at, 10 * at + 9, math.log(2)) for at in (1, 0, 3, 4)]
-    assert quotations(equal) == [(1, 0, 19), (1, 30, 39)]
+def test_neighbours_become_one_quotation_and_never_more_than_four_sentences():
+    equal = [sentence(1, 10 * at, 10 * at + 9, math.log(2)) for at in (1, 0, 3, 6, 7)]
+    assert quotations(equal) == [(1, 0, 19), (1, 30, 39), (1, 60, 69)]
 
 
 @pytest.mark.parametrize("heading", ["三、缓存的是什么", "1. Reading documents", "What is cached", "缓存里有什么"])

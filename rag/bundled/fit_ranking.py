@@ -14,7 +14,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +28,15 @@ from rag.embedder import Embedder, load_embedder
 from rag.knowledge import FileRecord, KnowledgeBase, StoredChunk
 from rag.language import Language
 from rag.retriever import CANDIDATES, Retriever, WeighedQuestion
+from rag.rewording import reword
 
 HERE = Path(__file__).parent
 PASSAGES_GIVEN = 4
 # People ask their documents mostly what stands in them; yet an answer that isn't there must not be
 # made up, so this is well below how often they do.
 ANSWERABLE_PRIOR = 3.0
-_SUPPORT_SIGNS = {"bias": 2, "wrong_kind": -1, "terms": 2}
+_SUPPORT_SIGNS = {"bias": 2, "terms": 2}
+_REWORDED = (0.25, 0.4, 0.55)  # share of a question's words that give way, drawn for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,11 @@ def titles_of(data: Path) -> dict[str, str]:
     return titles
 
 
+def in_other_words(item: FitQuestion, rng: random.Random) -> FitQuestion:
+    """The question with some of its words replaced by near ones that its passage does not use."""
+    return replace(item, question=reword(item.question, item.passage, rng.choice(_REWORDED), rng))
+
+
 def build_base(
     passages: Sequence[str], titles: dict[str, str], embedder: Embedder, folder: Path
 ) -> KnowledgeBase:
@@ -105,6 +112,14 @@ class Searched:
     features: np.ndarray  # (candidates, ranking.FEATURES)
     gold: int | None  # which candidate is the gold passage
     scores: dict[int, float] = field(default_factory=dict)  # of both stages, best first
+    known: dict[tuple[int, ...], evidence.SentenceFeatures] = field(default_factory=dict)
+
+    def read(self, order: tuple[int, ...], hits: Sequence[Hit]) -> evidence.SentenceFeatures:
+        """The sentences of these candidates, kept, as two fits look at them."""
+        if order not in self.known:
+            weighed = self.weighed
+            self.known[order] = evidence.sentence_features(weighed.text, weighed.terms, weighed.weights, hits)
+        return self.known[order]
 
 
 def search(retriever: Retriever, questions: Sequence[FitQuestion]) -> Iterator[Searched]:
@@ -246,13 +261,11 @@ def _sentence_lists(
         hits, order = _hits(item, without_gold=False)
         if item.gold not in order:
             continue
-        sentences, features = evidence.sentence_features(
-            item.question.question, item.weighed.terms, item.weighed.weights, hits
-        )
+        found = item.read(tuple(order), hits)
         gold = order.index(item.gold) + 1
-        right = np.array([s.hit_number == gold and item.question.answer in s.text for s in sentences])
+        right = np.array([s.hit_number == gold and item.question.answer in s.text for s in found.sentences])
         if right.any():
-            lists.append((features, right))
+            lists.append((found.rows, right))
     return lists
 
 
@@ -267,17 +280,12 @@ def _support_rows(
             hits, order = _hits(item, without_gold=without_gold)
             if not hits or (not without_gold and item.gold not in order):
                 continue
-            weighed = item.weighed
-            _, features = evidence.sentence_features(
-                item.question.question, weighed.terms, weighed.weights, hits
-            )
-            if not len(features):
+            found = item.read(tuple(order), hits)
+            if not found.sentences:
                 continue
-            ranked = evidence.RankedEvidence(
-                (), features[int(np.argmax(features @ sentence_weights))], np.median(features, axis=0)
-            )
+            best = found.rows[int(np.argmax(found.rows @ sentence_weights))]
             rows.append(evidence.support_features(
-                weighed.terms, evidence=ranked, hit=item.features[order].max(axis=0),
+                item.weighed.terms, evidence=evidence.RankedEvidence((), best, found.absent), hit=item.features[order].max(axis=0),
                 pool=np.median(item.features, axis=0),
             ))
             labels.append(not without_gold)
@@ -300,6 +308,7 @@ def main() -> None:
     embedder = load_embedder(options.embedder)
     fit_parts: dict[Language, list[Searched]] = {}
     test_parts: dict[Language, list[Searched]] = {}
+    reworded: dict[Language, list[Searched]] = {}
     work = Path(tempfile.mkdtemp(prefix="fit-ranking-"))
     try:
         languages: tuple[Language, ...] = ("en", "zh")
@@ -314,22 +323,25 @@ def main() -> None:
             rng.shuffle(mixed)
             titles = titles_of(options.data) if language == "en" else {}
             base = build_base(mixed, titles, embedder, work / language)
-            items = list(search(Retriever(base, embedder), questions))
+            retriever = Retriever(base, embedder)
+            items = list(search(retriever, questions))
             cut = int(len(items) * 0.7)
             fit_parts[language], test_parts[language] = items[:cut], items[cut:]
+            reworded[language] = list(search(retriever, [in_other_words(item, rng) for item in questions[:cut]]))
             print(f"{language}: {len(items)} questions searched", flush=True)
-        _fit_and_write(fit_parts, test_parts, options.out)
+        _fit_and_write(fit_parts, reworded, test_parts, options.out)
     finally:
         shutil.rmtree(work)
 
 
 def _fit_and_write(
-    fit_parts: dict[Language, list[Searched]], test_parts: dict[Language, list[Searched]],
-    out: Path,
+    fit_parts: dict[Language, list[Searched]], reworded: dict[Language, list[Searched]],
+    test_parts: dict[Language, list[Searched]], out: Path,
 ) -> None:
     """Fit on 70% of the questions, measure on the rest.
 
-    Passage weights are fitted for each language, sentence and support weights on both together.
+    Passage weights are fitted for each language; sentence and support weights on both together, and
+    on the same questions in other words too: who wrote these questions had the passage before them.
     """
     passage = {
         language: fit_listwise(_passage_lists(items), ranking.FEATURES, signs=_PASSAGE_SIGNS)
@@ -346,18 +358,16 @@ def _fit_and_write(
         for language, items in fit_parts.items()
     }
     for language in fit_parts:
-        for items in (fit_parts[language], test_parts[language]):
+        for items in (fit_parts[language], reworded[language], test_parts[language]):
             _rank_all(items, passage[language], close[language])
+    both = [*fit_parts.values(), *reworded.values()]
     sentence = fit_listwise(
-        [row for items in fit_parts.values() for row in _sentence_lists(items)],
+        [row for items in both for row in _sentence_lists(items)],
         evidence.FEATURES, signs=_SENTENCE_SIGNS,
     )
     sentence_vector = np.array(list(sentence.values()))
     print("passages and sentences fitted", flush=True)
-    parts = [
-        _support_rows(items, sentence_vector)
-        for items in fit_parts.values()
-    ]
+    parts = [_support_rows(items, sentence_vector) for items in both]
     support, threshold = fit_support(
         np.concatenate([rows for rows, _ in parts]), np.concatenate([labels for _, labels in parts])
     )
@@ -409,7 +419,7 @@ _PASSAGE_SIGNS = dict.fromkeys(ranking.FEATURES, 1) | {"dense": 0}
 _SENTENCE_SIGNS = {
     "coverage": 1, "context": 1, "soft": 1, "soft_context": 1, "dense": 1, "hit": 1, "pairs": 1,
     "number": 1, "no_number": -1, "time": 1, "no_time": -1, "name": 1, "no_name": -1, "reason": 1,
-    "no_reason": -1, "question": -1, "place": 1, "digits_kept": 1,
+    "no_reason": -1, "question": -1, "place": 1, "digits_kept": 1, "read": 1,
 }
 
 
