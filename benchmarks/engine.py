@@ -453,7 +453,7 @@ def shuffled(folder: Path, repeats: int) -> dict[str, dict[str, float]]:
     tokens were read before in another order; and on the bundled reader what that costs, as F1 to
     the answer that the exact engine gives."""
     from rag.engine import Request, create_engine
-    from rag.evaluation import token_f1
+    from rag.quality.evaluation import token_f1
 
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     found: dict[str, dict[str, float]] = {}

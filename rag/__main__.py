@@ -17,8 +17,8 @@ from rag.settings import Settings
 
 if TYPE_CHECKING:
     from rag.answer import Answer
-    from rag.eval_run import Comparison
-    from rag.evaluation import EvalResult
+    from rag.quality.evaluation import EvalResult
+    from rag.quality.run import Comparison
 
 
 _RETRIEVED = 10  # hits a question that `retrieve` writes where --top-k isn't given
@@ -235,8 +235,8 @@ def _batch(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def _evaluate(options: argparse.Namespace, settings: Settings) -> int:
-    from rag.eval_report import check_plots, write_report
-    from rag.eval_run import Run, compare, run_of
+    from rag.quality.report import check_plots, write_report
+    from rag.quality.run import Run, compare, run_of
 
     if options.html:
         check_plots()
@@ -268,8 +268,8 @@ def _evaluate(options: argparse.Namespace, settings: Settings) -> int:
 def _measure(options: argparse.Namespace, settings: Settings) -> list[EvalResult]:
     from tqdm import tqdm
 
-    from rag.evaluation import EvalQuestion, evaluate
     from rag.pipeline import Rag
+    from rag.quality.evaluation import EvalQuestion, evaluate
 
     questions = parse_lines(options.source, lambda number, row: EvalQuestion.parse(row, number))
     if not questions:
@@ -321,7 +321,7 @@ def _print_comparison(comparison: Comparison) -> None:
 
 
 def _questions(options: argparse.Namespace, settings: Settings) -> int:
-    from rag.questions import make_questions
+    from rag.quality.questions import make_questions
     from rag.store import open_store
 
     made = make_questions(
@@ -342,9 +342,9 @@ def _questions(options: argparse.Namespace, settings: Settings) -> int:
 def _calibrate(options: argparse.Namespace, settings: Settings) -> int:
     from tqdm import tqdm
 
-    from rag.calibrate import calibrate, made_questions, own_questions
-    from rag.evaluation import EvalQuestion
     from rag.knowledge import KnowledgeBase
+    from rag.quality.calibrate import calibrate, made_questions, own_questions
+    from rag.quality.evaluation import EvalQuestion
 
     base = KnowledgeBase.open(settings.kb)
     if options.questions:

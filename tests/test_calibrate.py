@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from rag import Settings
-from rag.calibrate import (
+from rag.document import Chunk, Document
+from rag.embedder import load_embedder
+from rag.errors import InputError, KnowledgeBaseError
+from rag.knowledge import FileRecord, KnowledgeBase
+from rag.quality.calibrate import (
     Asked,
     Supports,
     balanced_accuracy,
@@ -16,13 +20,9 @@ from rag.calibrate import (
     measure,
     own_questions,
 )
-from rag.document import Chunk, Document
-from rag.embedder import load_embedder
-from rag.errors import InputError, KnowledgeBaseError
-from rag.evaluation import EvalQuestion
-from rag.knowledge import FileRecord, KnowledgeBase
+from rag.quality.evaluation import EvalQuestion
+from rag.quality.rewording import reword
 from rag.refusal_threshold import FILE, RefusalFit, kb_threshold, risk_curve
-from rag.rewording import reword
 
 ROOMS = "Alder Birch Cedar Dogwood Elder Fir Ginkgo Hazel Ivy Juniper Kauri Larch Maple Nutmeg Oak Pine Quince Rowan Spruce Teak Ulmus Vine Willow Yew".split()
 TEXTS = {

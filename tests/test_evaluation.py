@@ -3,9 +3,7 @@ import pytest
 from rag.answer import Answer, Citation, Hit
 from rag.document import Chunk
 from rag.errors import InputError
-from rag.eval_report import report
-from rag.eval_run import Run, compare, run_of
-from rag.evaluation import (
+from rag.quality.evaluation import (
     EvalQuestion,
     EvalResult,
     by_type,
@@ -16,6 +14,8 @@ from rag.evaluation import (
     token_f1,
     type_of,
 )
+from rag.quality.report import report
+from rag.quality.run import Run, compare, run_of
 
 
 def test_f1_counts_words_in_english_and_characters_in_chinese():

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ingest.loaders import load_document
-from rag.evaluation import EvalQuestion
 from rag.language import detect_language
+from rag.quality.evaluation import EvalQuestion
 
 ROOT = Path(__file__).parent.parent
 ROWS = [json.loads(line) for line in (ROOT / "tests" / "questions.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -12,10 +12,10 @@ from rag.answer import Hit
 from rag.citations import check_citations, unlinked
 from rag.document import Chunk, Document
 from rag.embedder import load_embedder
-from rag.injection import PATH, is_clickable, read_injections, run_suite, summary
 from rag.knowledge import FileRecord, KnowledgeBase
 from rag.language import detect_language
 from rag.prompt import build_prompt, neutralise
+from rag.quality.injection import PATH, is_clickable, read_injections, run_suite, summary
 
 SUITE = read_injections(Path(__file__).parent / "injections.jsonl")
 

@@ -5,10 +5,10 @@ from fakes import WordEmbedder
 
 from rag.document import Chunk, Document, Heading, Page
 from rag.errors import InputError
-from rag.evaluation import EvalQuestion
 from rag.knowledge import FileRecord, KnowledgeBase
-from rag.question_templates import drafts
-from rag.questions import make_questions, questions_of
+from rag.quality.evaluation import EvalQuestion
+from rag.quality.question_templates import drafts
+from rag.quality.questions import make_questions, questions_of
 
 
 def asked(sentence, **keywords):

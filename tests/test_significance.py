@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from rag.significance import Shares, holm, interval, p_values, resampled, swapped
+from rag.quality.significance import Shares, holm, interval, p_values, resampled, swapped
 
 
 def shares(parts, wholes=None):

@@ -27,8 +27,8 @@ from rag.document import Chunk, Document
 from rag.embedder import Embedder, load_embedder
 from rag.knowledge import FileRecord, KnowledgeBase, StoredChunk
 from rag.language import Language
+from rag.quality.rewording import reword
 from rag.retriever import CANDIDATES, Retriever, WeighedQuestion
-from rag.rewording import reword
 
 HERE = Path(__file__).parent
 PASSAGES_GIVEN = 4

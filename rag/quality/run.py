@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rag.errors import InputError
-from rag.evaluation import (
+from rag.quality.evaluation import (
     FIGURES,
     MEASURES,
     EvalResult,
@@ -28,7 +28,7 @@ from rag.evaluation import (
     type_of,
     with_balanced,
 )
-from rag.significance import holm, interval, p_values, resampled, swapped
+from rag.quality.significance import holm, interval, p_values, resampled, swapped
 
 FORMAT = 1
 SIGNIFICANT = 0.05

@@ -1,6 +1,6 @@
 """Do documents give orders? Documents that try, put into a knowledge base one by one, and what changes.
 
-    python -m rag.injection INJECTIONS.jsonl --kb DIR --questions QUESTIONS.jsonl
+    python -m rag.quality.injection INJECTIONS.jsonl --kb DIR --questions QUESTIONS.jsonl
 
 Works on a copy of the base. For each document that tries, questions about *other* documents are
 asked with it and without it: the set of cited files must be the same. Then its own question is
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from rag.pipeline import Rag
 
-    parser = argparse.ArgumentParser(prog="python -m rag.injection", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m rag.quality.injection", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("injections", type=Path, metavar="INJECTIONS.jsonl")
     parser.add_argument("--kb", default=".kb", help="knowledge base to try them in, copied first (default: .kb)")
     parser.add_argument("--questions", type=Path, required=True, metavar="QUESTIONS.jsonl",

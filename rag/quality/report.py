@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from rag.errors import InputError
-from rag.eval_run import Comparison, Run
-from rag.evaluation import FIGURES
+from rag.quality.evaluation import FIGURES
+from rag.quality.run import Comparison, Run
 
 _WORST = 30
 _PASSAGES = 4

@@ -22,13 +22,13 @@ from rag.answer import Hit
 from rag.document import Chunk
 from rag.embedder import load_embedder
 from rag.errors import InputError
-from rag.evaluation import EvalQuestion, holds
 from rag.evidence import SUPPORT_FEATURES, support_probability
 from rag.knowledge import KnowledgeBase, StoredChunk
 from rag.pipeline import Rag
-from rag.questions import make_questions
+from rag.quality.evaluation import EvalQuestion, holds
+from rag.quality.questions import make_questions
+from rag.quality.rewording import reword
 from rag.refusal_threshold import RefusalFit, risk_curve, support_model
-from rag.rewording import reword
 from rag.settings import Settings
 
 LEAST = 20  # questions of each sort below which a fit would be chance

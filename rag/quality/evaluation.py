@@ -23,7 +23,7 @@ from rag.citations import strip_markers
 from rag.errors import InputError
 from rag.evidence import asked_for
 from rag.language import detect_language
-from rag.significance import Shares, interval, resampled
+from rag.quality.significance import Shares, interval, resampled
 from rag.terms import HAN
 
 RANKED = 10  # hits looked at for the reciprocal rank

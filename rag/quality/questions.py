@@ -19,7 +19,7 @@ from typing import Any
 from rag.document import Document
 from rag.errors import InputError
 from rag.language import detect_language
-from rag.question_templates import BASE_FORMS, MONTH, Draft, drafts
+from rag.quality.question_templates import BASE_FORMS, MONTH, Draft, drafts
 from rag.sentences import sentence_spans
 from rag.store import Store
 from rag.terms import HAN, passage_terms, question_terms
