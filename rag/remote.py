@@ -348,10 +348,12 @@ class RemoteGenerator(Generator):
         where = self._address.url
         told = self._shown(error)
         if isinstance(error, openai.APITimeoutError):
-            return GeneratorError(
-                f"{where} did not answer within {self._seconds:g} s (remote_seconds). It may be "
-                "loading or busy: try again, or raise remote_seconds."
+            wait = f"{self._seconds:g} s (remote_seconds)"
+            how = (
+                f"fell silent for {wait} after {len(written.text)} characters"
+                if written and written.text else f"did not answer within {wait}, {_RETRIES + 1} times over"
             )
+            return GeneratorError(f"{where} {how}. It may be loading or busy: try again, or raise remote_seconds.")
         if isinstance(error, openai.APIConnectionError):
             broke = f"broke off after {len(written.text)} characters" if written and written.text else "can't be reached"
             return GeneratorError(

@@ -133,6 +133,23 @@ def test_what_cannot_be_done_as_asked_is_refused_with_its_reason(start, change, 
         assert raised.value.status_code == status and said in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "body", "status"),
+    [
+        ("POST", "/v1/answers", {"content-type": "application/json"}, b"{", 400),
+        ("POST", "/v1/answers", {"content-type": "application/json"}, b"", 400),
+        # what a page elsewhere may send without being asked
+        ("POST", "/v1/answers", {"content-type": "text/plain"}, b'{"question": "x"}', 400),
+        ("GET", "/v1/answers", {}, b"", 405),
+        ("GET", "/v1/files", {}, b"", 404),
+        ("GET", "/docs", {}, b"", 404),
+    ],
+)
+def test_every_error_is_one_that_openais_clients_can_read(start, method, path, headers, body, status):
+    reply = httpx2.request(method, start(EndlessGenerator()).url + path, headers=headers, content=body)
+    assert reply.status_code == status and set(reply.json()["error"]) == {"message", "type", "param", "code"}
+
+
 def test_what_breaks_inside_shows_in_the_log_and_not_to_the_client(start, caplog):
     class Broken(EndlessGenerator):
         def stream(self, prompt, **options):
@@ -349,4 +366,4 @@ def test_the_command_serves_and_ends_with_sigterm(tmp_path):
         assert process.wait(20) == 0 and KEY not in process.stderr.read()
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
