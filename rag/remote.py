@@ -233,6 +233,8 @@ class RemoteGenerator(Generator):
             raise self._error(error) from error
         except (OpenAIError, *_NO_LIST) as error:
             raise self._error(error) from error
+        if wanted and not models:  # a list that says nothing: whether it has the model, asking shows
+            return wanted, 0
         names = [str(model["id"]) for model in models]
         for model in models:
             known = (model["id"], *(model.get("aliases") or ()))

@@ -275,6 +275,7 @@ def test_the_context_is_what_the_server_says_or_what_is_set(odd):
         RemoteGenerator(silent.address)
     assert RemoteGenerator(silent.address, context_length=2048).context_length == 2048
     assert silent.headers[-1]["authorization"] is None
+    assert RemoteGenerator(odd(models=[]).address, context_length=2048).describe().startswith("m at http://127.0.0.1")
 
 
 def test_a_server_of_another_kind_is_told_apart(odd):

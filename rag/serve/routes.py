@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from rag.generator import GenerationResult
 
 _log = logging.getLogger("rag.serve")
+_BROKEN = "the server has failed over this request; its log says why."
 
 
 class Events(Response):
@@ -334,7 +335,7 @@ def describe_error(error: Exception) -> tuple[int, str, dict[str, str]]:
         _log.error("a request failed: %s", error)
         return 503, "the server can't answer at present; its log says why.", {"retry-after": "10"}
     _log.error("a request failed", exc_info=error)
-    return 500, "the server has failed over this request; its log says why.", {}
+    return 500, _BROKEN, {}
 
 
 def _error(status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> Response:
@@ -372,6 +373,10 @@ def make_app(service: Service, metrics: Metrics, *, closing: Callable[[], bool])
     async def known(request: Request, error: Exception) -> Response:
         status, message, headers = describe_error(error)
         return _error(status, message, headers=headers)
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> Response:
+        return _error(500, _BROKEN)  # the server below writes the traceback into its log
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
