@@ -242,4 +242,5 @@ def _answer(values: dict[str, Any]) -> Answer:
         citations=tuple(Citation(**citation) for citation in values["citations"]), hits=hits,
         unsupported=tuple(values["unsupported"]), confidence=values["confidence"],
         stats=GenerationStats(**values["stats"]), prompt=values.get("prompt", ""),
+        doubtful=values.get("doubtful", False),
     )

@@ -59,12 +59,13 @@ def answer_html(turn: Turn, language: InterfaceLanguage) -> str:
         notes.append(text(language, "unsupported_note"))
     if answer.stats.finish_reason == "length" and answer.kind == "generated":
         notes.append(text(language, "cut_note"))
+    doubt = f'<p class="lr-note lr-doubt">{text(language, "doubtful_note")}</p>' if answer.doubtful else ""
     below = "".join(f'<p class="lr-note">{note}</p>' for note in notes)
     return (
         f'<div class="lr-answer" data-kind="{answer.kind}">'
         f'<div class="lr-kind lr-kind-{answer.kind}"><b>{text(language, answer.kind)}</b>'
         f'<span>{text(language, answer.kind + "_note")}</span></div>'
-        f'<div class="lr-text">{_answer_text(answer, turn.id)}</div>{below}</div>'
+        f'{doubt}<div class="lr-text">{_answer_text(answer, turn.id)}</div>{below}</div>'
     )
 
 

@@ -49,6 +49,10 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "The model was not sure enough of its own words, so this is what fits best, word for word.",
         "模型对自己的表述把握不足，这里直接给出文档中最切题的原句。",
     ),
+    "doubtful_note": (
+        "The documents may not answer this; what comes nearest is shown.",
+        "文档里未必有直接的答案，这里给出的是最接近的内容。",
+    ),
     "refused": ("Not in the documents", "文档中没有"),
     "refused_note": (
         "Nothing that was found supports an answer. The nearest passages are below.",

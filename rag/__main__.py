@@ -156,6 +156,8 @@ def _ask(options: argparse.Namespace, settings: Settings) -> int:
 def _print_sources(answer: Answer) -> None:
     if answer.kind == "quoted":
         print("(quoted from the source: the model was not sure enough of its own words)")
+    if answer.doubtful:
+        print("(the documents may not answer this: what comes nearest is shown)")
     for sentence in answer.unsupported:
         print(f"(not supported by the sources: {sentence})")
     if answer.citations:

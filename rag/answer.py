@@ -81,7 +81,8 @@ class Answer:
     `kind` says how the text came about: "generated" by the model, "quoted" (the best-supported
     sentence of the sources, because the model's answer was not trustworthy enough) or "refused".
     `unsupported` holds the sentences of `text` that no retrieved passage supports. `prompt` is what
-    the model read, special tokens and all; empty where it was not asked.
+    the model read, special tokens and all; empty where it was not asked. `doubtful`: the passages are
+    near the question, but as many such questions have no answer in them as have one.
     """
 
     question: str
@@ -93,6 +94,7 @@ class Answer:
     confidence: float = 0.0
     stats: GenerationStats = field(default_factory=GenerationStats)
     prompt: str = ""
+    doubtful: bool = False
 
     @property
     def refused(self) -> bool:
@@ -106,6 +108,7 @@ class Answer:
             "refused": self.refused,
             "kind": self.kind,
             "confidence": round(self.confidence, 4),
+            "doubtful": self.doubtful,
             "citations": [asdict(citation) for citation in self.citations],
             "unsupported": list(self.unsupported),
             "hits": [hit.to_dict() for hit in self.hits],

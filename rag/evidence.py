@@ -44,8 +44,10 @@ FEATURES = (
     "question",  # whether it is a question itself
     "first",  # whether its passage begins with it
     "place",  # share of the question's term weight in title and headings
+    "key",  # share of the weight of the question's KEY_TERMS heaviest terms that its passage holds
     "read",  # log of the sentence's share among all places where the extractor sees an answer begin
 )
+KEY_TERMS = 2
 _LEAST_READ = -10.0
 
 _ASKS = {
@@ -151,6 +153,7 @@ def sentence_features(
     pairs = list(zip(terms, terms[1:], strict=False))
     pair_total = sum(weights[a] + weights[b] for a, b in pairs) or 1.0
     places = [_place_coverage(hit, weights) / total for hit in hits]
+    keys = [_key_coverage(hit, weights) for hit in hits]
     best_score = max(hit.score for hit in hits)
     kinds = _KindsAsked(question)
     own = soft.coverages()
@@ -172,6 +175,7 @@ def sentence_features(
             float(item.text.endswith(("?", "？"))),
             float(neighbours[at][0] == at),
             places[item.hit_number - 1],
+            keys[item.hit_number - 1],
             max(_LEAST_READ, read.mass(
                 item.hit_number - 1, item.start - hits[item.hit_number - 1].chunk.start,
                 item.end - hits[item.hit_number - 1].chunk.start,
@@ -182,6 +186,13 @@ def sentence_features(
 
 def _place_coverage(hit: Hit, weights: Mapping[str, float]) -> float:
     return sum(weights.get(term, 0.0) for term in set(passage_terms(hit.chunk.place)))
+
+
+def _key_coverage(hit: Hit, weights: Mapping[str, float]) -> float:
+    heaviest = sorted(weights, key=lambda term: (-weights[term], term))[:KEY_TERMS]
+    held = {*passage_terms(hit.chunk.text), *passage_terms(hit.chunk.place)}
+    total = sum(weights[term] for term in heaviest)
+    return sum(weights[term] for term in heaviest if term in held) / total if total else 0.0
 
 
 class _KindsAsked:
@@ -214,6 +225,7 @@ class _Fitted:
     sentence: npt.NDArray[np.float64]  # (FEATURES,)
     support: npt.NDArray[np.float64]  # (SUPPORT_FEATURES,)
     threshold: float
+    doubt: float
 
 
 @lru_cache(maxsize=1)
@@ -223,6 +235,7 @@ def _fitted() -> _Fitted:
         np.array([values["sentence"][name] for name in FEATURES]),
         np.array([values["support"][name] for name in SUPPORT_FEATURES]),
         float(values["threshold"]),
+        float(values["doubt"]),
     )
 
 
@@ -253,24 +266,33 @@ def rank_sentences(
 
 _SAME_LANGUAGE = 1.0  # not fitted, as SAME_LANGUAGE of the ranking
 _QUOTED_MASS = 0.95
-_MOST_QUOTED = 4
+_MOST_QUOTED = 5
+_MOST_SOURCES = 2
 
 
 def quotations(sentences: Sequence[Evidence]) -> list[tuple[int, int, int]]:
     """What to quote of ranked sentences: (hit number, start, end), best hit first, in reading order.
 
     The scores were fitted as a softmax, so they give each sentence its probability of being the one
-    that answers. Sentences are taken until _QUOTED_MASS of it is reached, at most _MOST_QUOTED;
-    neighbours become one quotation.
+    that answers. Sentences are taken until _QUOTED_MASS of it is reached, at most _MOST_QUOTED of
+    _MOST_SOURCES passages; neighbours become one quotation.
     """
     if not sentences:
         return []
     mass = np.exp(np.array([sentence.score for sentence in sentences]) - sentences[0].score)
     mass /= mass.sum()
-    count = min(_MOST_QUOTED, len(sentences), 1 + int((np.cumsum(mass) < _QUOTED_MASS).sum()))
-    order = {number: at for at, number in enumerate(dict.fromkeys(s.hit_number for s in sentences[:count]))}
+    order: dict[int, int] = {}  # hit number -> place
+    chosen: list[Evidence] = []
+    reached = 0.0
+    for item, share in zip(sentences, mass.tolist(), strict=True):
+        if reached >= _QUOTED_MASS or len(chosen) == _MOST_QUOTED:
+            break
+        if item.hit_number in order or len(order) < _MOST_SOURCES:
+            order.setdefault(item.hit_number, len(order))
+            chosen.append(item)
+            reached += share
     quoted: list[tuple[int, int, int]] = []
-    for item in sorted(sentences[:count], key=lambda s: (order[s.hit_number], s.start)):
+    for item in sorted(chosen, key=lambda s: (order[s.hit_number], s.start)):
         if quoted and quoted[-1][0] == item.hit_number and 0 <= item.start - quoted[-1][2] <= 2:
             quoted[-1] = (item.hit_number, quoted[-1][1], item.end)
         else:
@@ -280,7 +302,7 @@ def quotations(sentences: Sequence[Evidence]) -> list[tuple[int, int, int]]:
 
 SUPPORT_FEATURES = (
     "bias", "coverage", "context", "soft", "soft_context", "dense", "pairs",
-    "hit_coverage", "hit_window", "bm25_gap", "terms",
+    "hit_coverage", "hit_window", "bm25_gap", "terms", "key",
     "read",  # minus the log of the extractor's share for "none of them answers"
 )
 _MOST_READ = 8.0
@@ -301,8 +323,13 @@ def support_features(
     return np.array([
         1.0, best["coverage"], best["context"], best["soft"], best["soft_context"], best["dense"],
         best["pairs"], match["coverage"], match["window"], match["bm25"] - pool_match["bm25"],
-        math.log1p(len(terms)), min(_MOST_READ, -evidence.absent),
+        math.log1p(len(terms)), best["key"], min(_MOST_READ, -evidence.absent),
     ])
+
+
+def is_doubtful(support: float) -> bool:
+    """Whether questions with this support are as likely to have no answer there as to have one."""
+    return support < _fitted().doubt
 
 
 def support_probability(features: npt.NDArray[np.float64]) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from rag.embedder import Embedder, load_embedder
 from rag.errors import InputError
 from rag.evidence import (
     RankedEvidence,
+    is_doubtful,
     quotations,
     rank_sentences,
     support_features,
@@ -282,7 +283,7 @@ class Rag:
         return Answer(
             question=plan.question, text=checked.text, kind="generated",
             citations=checked.citations, hits=prompt.hits, unsupported=checked.unsupported,
-            confidence=confidence, stats=stats,
+            confidence=confidence, stats=stats, doubtful=is_doubtful(plan.support),
         )
 
     def _quotation(self, plan: _Plan, stats: GenerationStats) -> Answer:
@@ -300,7 +301,7 @@ class Rag:
             lines.append(f"{unlinked(one_line(quote))} [{number}]")
         return Answer(
             question=plan.question, text="\n".join(lines), kind="quoted", citations=tuple(citations),
-            hits=hits, confidence=plan.support, stats=stats,
+            hits=hits, confidence=plan.support, stats=stats, doubtful=is_doubtful(plan.support),
         )
 
     def _stats(self, plan: _Plan, result: GenerationResult) -> GenerationStats:

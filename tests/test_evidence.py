@@ -74,9 +74,15 @@ def test_one_clear_winner_is_quoted_alone_and_equals_together():
     assert quotations([sentence(2, 0, 9, 1.0), sentence(1, 30, 40, 1.0)]) == [(2, 0, 9), (1, 30, 40)]
 
 
-def test_neighbours_become_one_quotation_and_never_more_than_four_sentences():
-    equal = [sentence(1, 10 * at, 10 * at + 9, math.log(2)) for at in (1, 0, 3, 6, 7)]
-    assert quotations(equal) == [(1, 0, 19), (1, 30, 39), (1, 60, 69)]
+def test_neighbours_become_one_quotation_and_never_more_than_five_sentences():
+    equal = [sentence(1, 10 * at, 10 * at + 9, math.log(2)) for at in (1, 0, 3, 6, 7, 9)]
+    assert quotations(equal) == [(1, 0, 19), (1, 30, 39), (1, 60, 79)]
+
+
+def test_no_more_than_two_passages_are_quoted():
+    equal = [sentence(number, 0, 9, math.log(2)) for number in (3, 1, 2)] + [sentence(1, 20, 29, 0.0)]
+    # Shares 2/7, 2/7, 2/7 and 1/7: passage 2 is left out, a weaker sentence of passage 1 is not.
+    assert quotations(equal) == [(3, 0, 9), (1, 0, 9), (1, 20, 29)]
 
 
 @pytest.mark.parametrize("heading", ["三、缓存的是什么", "1. Reading documents", "What is cached", "缓存里有什么"])

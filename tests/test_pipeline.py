@@ -92,6 +92,14 @@ def test_a_small_model_that_is_sure_but_unsupported_is_replaced_too(folder):
     assert rag.ask("How much is the monthly rent of the flat?").kind == "quoted"
 
 
+@pytest.mark.parametrize(("support", "doubtful"), [(0.15, True), (0.95, False)])
+def test_a_quotation_says_where_the_passages_may_not_answer(folder, monkeypatch, support, doubtful):
+    monkeypatch.setattr("rag.pipeline.support_probability", lambda *_: (support, 0.1))
+    rag, _ = rag_with(folder, "Nonsense.", calibration=Calibration(-9.0, 0.0, 0.0, 0.5))
+    answer = rag.ask("How much is the monthly rent of the flat?")
+    assert answer.kind == "quoted" and answer.doubtful == answer.to_dict()["doubtful"] == doubtful
+
+
 def test_words_of_a_model_held_back_never_show_in_the_stream(folder):
     rag, _ = rag_with(folder, "Dogs pay rent.", calibration=CERTAIN, logprob=-3.0)
     pieces = [piece for piece in rag.stream("How much is the monthly rent of the flat?") if isinstance(piece, str)]

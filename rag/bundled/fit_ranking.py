@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,12 +30,12 @@ from rag.knowledge import FileRecord, KnowledgeBase, StoredChunk
 from rag.language import Language
 from rag.quality.rewording import reword
 from rag.retriever import CANDIDATES, Retriever, WeighedQuestion
+from rag.terms import HAN, passage_terms
 
 HERE = Path(__file__).parent
 PASSAGES_GIVEN = 4
-# People ask their documents mostly what stands in them; yet an answer that isn't there must not be
-# made up, so this is well below how often they do.
-ANSWERABLE_PRIOR = 3.0
+# People ask their documents mostly what stands in them: five questions of six.
+ANSWERABLE_PRIOR = 5.0
 _SUPPORT_SIGNS = {"bias": 2, "terms": 2}
 _REWORDED = (0.25, 0.4, 0.55)  # share of a question's words that give way, drawn for each
 
@@ -77,6 +78,34 @@ def titles_of(data: Path) -> dict[str, str]:
 def in_other_words(item: FitQuestion, rng: random.Random) -> FitQuestion:
     """The question with some of its words replaced by near ones that its passage does not use."""
     return replace(item, question=reword(item.question, item.passage, rng.choice(_REWORDED), rng))
+
+
+_WORD = re.compile(rf"[A-Za-z0-9][\w'-]*|[{HAN}](?=([{HAN}]))")
+
+
+def heaviest_word(question: str, weights: Mapping[str, float]) -> tuple[int, int]:
+    """[start, end) of the word, or pair of Han characters, that weighs most; (0, 0) where none does."""
+    best, place = 0.0, (0, 0)
+    for match in _WORD.finditer(question):
+        start, end = match.start(), match.end() + (match[1] is not None)
+        weight = sum(weights.get(term, 0.0) for term in passage_terms(question[start:end]))
+        if weight > best:
+            best, place = weight, (start, end)
+    return place
+
+
+def of_another_subject(items: Sequence[Searched], rng: random.Random) -> list[FitQuestion]:
+    """Every second question with its heaviest word replaced by another one's: nothing answers it."""
+    places = [heaviest_word(item.question.question, item.weighed.weights) for item in items]
+    swapped = []
+    for at in range(0, len(items), 2):
+        other = rng.randrange(len(items))
+        mine, theirs = items[at].question.question, items[other].question.question
+        word = theirs[slice(*places[other])]
+        start, end = places[at]
+        if end and word and word.lower() not in items[at].question.passage.lower():
+            swapped.append(replace(items[at].question, question=mine[:start] + word + mine[end:]))
+    return swapped
 
 
 def build_base(
@@ -180,12 +209,12 @@ def first_right(lists: Sequence[tuple[np.ndarray, np.ndarray]], weights: dict[st
     return float(np.mean([right[np.argmax(rows @ vector)] for rows, right in lists]))
 
 
-def fit_support(rows: np.ndarray, labels: np.ndarray) -> tuple[dict[str, float], float]:
-    """Logistic weights, and the threshold that refuses most rightly.
+def fit_support(rows: np.ndarray, labels: np.ndarray) -> tuple[dict[str, float], float, float]:
+    """Logistic weights, the threshold that refuses most rightly, and the one below which to doubt.
 
     Each weight has the sign its meaning gives it: folders differ from the questions fitted on, and
-    two features that cancel out here would not cancel there. For the threshold a question that has
-    an answer counts ANSWERABLE_PRIOR times one that has none.
+    two features that cancel out here would not cancel there. For refusing, a question that has an
+    answer counts ANSWERABLE_PRIOR times one that has none; for doubting, both count the same.
     """
     names = evidence.SUPPORT_FEATURES
     scale = rows.std(axis=0) + 1e-9
@@ -209,13 +238,15 @@ def fit_support(rows: np.ndarray, labels: np.ndarray) -> tuple[dict[str, float],
     optimizer.step(loss)
     fitted = signed().detach().numpy() / scale
     probability = 1 / (1 + np.exp(-(rows @ fitted)))
-    best, threshold = 0.0, 0.5
-    for candidate in np.linspace(0.02, 0.95, 94):
-        said = probability >= candidate
-        right = ANSWERABLE_PRIOR * said[labels].mean() + (~said[~labels]).mean()
-        if right > best:
-            best, threshold = float(right), float(candidate)
-    return ({name: round(float(w), 5) for name, w in zip(names, fitted, strict=True)}, threshold)
+    weights = {name: round(float(weight), 5) for name, weight in zip(names, fitted, strict=True)}
+    refuse, doubt = (_best_threshold(probability, labels, prior) for prior in (ANSWERABLE_PRIOR, 1.0))
+    return weights, refuse, doubt
+
+
+def _best_threshold(probability: np.ndarray, labels: np.ndarray, prior: float) -> float:
+    candidates = np.linspace(0.02, 0.95, 94)
+    right = [prior * (probability[labels] >= at).mean() + (probability[~labels] < at).mean() for at in candidates]
+    return float(candidates[int(np.argmax(right))])
 
 
 def _close_lists(
@@ -270,15 +301,16 @@ def _sentence_lists(
 
 
 def _support_rows(
-    items: Sequence[Searched], sentence_weights: np.ndarray
+    items: Sequence[Searched], sentence_weights: np.ndarray, *, swapped: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Support features and whether there is an answer. `swapped`: there is none, whatever is found."""
     rows, labels = [], []
     for item in items:
-        if item.gold is None:
+        if item.gold is None and not swapped:
             continue
-        for without_gold in (False, True):
+        for without_gold in (False,) if swapped else (False, True):
             hits, order = _hits(item, without_gold=without_gold)
-            if not hits or (not without_gold and item.gold not in order):
+            if not hits or not (without_gold or swapped or item.gold in order):
                 continue
             found = item.read(tuple(order), hits)
             if not found.sentences:
@@ -288,7 +320,7 @@ def _support_rows(
                 item.weighed.terms, evidence=evidence.RankedEvidence((), best, found.absent), hit=item.features[order].max(axis=0),
                 pool=np.median(item.features, axis=0),
             ))
-            labels.append(not without_gold)
+            labels.append(not without_gold and not swapped)
     return np.array(rows), np.array(labels)
 
 
@@ -309,6 +341,7 @@ def main() -> None:
     fit_parts: dict[Language, list[Searched]] = {}
     test_parts: dict[Language, list[Searched]] = {}
     reworded: dict[Language, list[Searched]] = {}
+    swapped: dict[Language, list[Searched]] = {}
     work = Path(tempfile.mkdtemp(prefix="fit-ranking-"))
     try:
         languages: tuple[Language, ...] = ("en", "zh")
@@ -327,21 +360,24 @@ def main() -> None:
             items = list(search(retriever, questions))
             cut = int(len(items) * 0.7)
             fit_parts[language], test_parts[language] = items[:cut], items[cut:]
+            swapped[language] = list(search(retriever, of_another_subject(items[:cut], rng)))
             reworded[language] = list(search(retriever, [in_other_words(item, rng) for item in questions[:cut]]))
             print(f"{language}: {len(items)} questions searched", flush=True)
-        _fit_and_write(fit_parts, reworded, test_parts, options.out)
+        _fit_and_write(fit_parts, reworded, swapped, test_parts, options.out)
     finally:
         shutil.rmtree(work)
 
 
 def _fit_and_write(
     fit_parts: dict[Language, list[Searched]], reworded: dict[Language, list[Searched]],
-    test_parts: dict[Language, list[Searched]], out: Path,
+    swapped: dict[Language, list[Searched]], test_parts: dict[Language, list[Searched]],
+    out: Path,
 ) -> None:
     """Fit on 70% of the questions, measure on the rest.
 
     Passage weights are fitted for each language; sentence and support weights on both together, and
     on the same questions in other words too: who wrote these questions had the passage before them.
+    Support also sees questions of which one word has become another's, which nothing answers.
     """
     passage = {
         language: fit_listwise(_passage_lists(items), ranking.FEATURES, signs=_PASSAGE_SIGNS)
@@ -358,7 +394,7 @@ def _fit_and_write(
         for language, items in fit_parts.items()
     }
     for language in fit_parts:
-        for items in (fit_parts[language], reworded[language], test_parts[language]):
+        for items in (fit_parts[language], reworded[language], swapped[language], test_parts[language]):
             _rank_all(items, passage[language], close[language])
     both = [*fit_parts.values(), *reworded.values()]
     sentence = fit_listwise(
@@ -368,7 +404,8 @@ def _fit_and_write(
     sentence_vector = np.array(list(sentence.values()))
     print("passages and sentences fitted", flush=True)
     parts = [_support_rows(items, sentence_vector) for items in both]
-    support, threshold = fit_support(
+    parts += [_support_rows(items, sentence_vector, swapped=True) for items in swapped.values()]
+    support, threshold, doubt = fit_support(
         np.concatenate([rows for rows, _ in parts]), np.concatenate([labels for _, labels in parts])
     )
     figures = {
@@ -376,7 +413,8 @@ def _fit_and_write(
         for language, items in test_parts.items()
     }
     _write(out / "ranking.json", {"weights": passage, "close_weights": close, "figures": figures})
-    _write(out / "evidence.json", {"sentence": sentence, "support": support, "threshold": round(threshold, 3)})
+    _write(out / "evidence.json", {"sentence": sentence, "support": support, "threshold": round(threshold, 3),
+                                    "doubt": round(doubt, 3)})
     print(json.dumps(figures, indent=1))
 
 
@@ -419,7 +457,7 @@ _PASSAGE_SIGNS = dict.fromkeys(ranking.FEATURES, 1) | {"dense": 0}
 _SENTENCE_SIGNS = {
     "coverage": 1, "context": 1, "soft": 1, "soft_context": 1, "dense": 1, "hit": 1, "pairs": 1,
     "number": 1, "no_number": -1, "time": 1, "no_time": -1, "name": 1, "no_name": -1, "reason": 1,
-    "no_reason": -1, "question": -1, "place": 1, "digits_kept": 1, "read": 1,
+    "no_reason": -1, "question": -1, "place": 1, "digits_kept": 1, "read": 1, "key": 1,
 }
 
 
