@@ -40,7 +40,7 @@ CLOSE_FEATURES = (
     "soft",  # share of the question that the passage's best sentence says in the same or other words
     "dense_sentence",  # cosine of the question and the nearest sentence
 )
-CLOSE = 24  # candidates that the second stage looks at sentence by sentence
+CLOSE = 30  # candidates that the second stage looks at sentence by sentence
 _K1, _B = 1.2, 0.6
 # Where a folder says the same in both languages, one wants to read it in one's own. Not fitted:
 # about half of what parts the first hit from the second.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rag.answer import Hit
+from rag.document import Document
 from rag.embedder import Embedder
 from rag.errors import InputError
 from rag.knowledge import StoredChunk
@@ -23,6 +24,7 @@ from rag.terms import question_terms
 CANDIDATES = 48  # from each of dense and term search, and compared in full
 _MAX_QUESTION_TERMS = 64  # the heaviest ones of a question as long as a page
 _DUPLICATE = 0.92  # Jaccard similarity of term sets from which two passages say the same
+_DOCUMENTS_KEPT = 16
 _LONGEST_JOINED = 2_400  # characters
 _WIDEST_GAP = 700  # characters between two passages of one place, in a file without pages
 
@@ -68,6 +70,7 @@ class Retriever:
         self.base = base
         self.embedder = embedder
         self._facts: _CollectionFacts | None = None
+        self._documents: dict[tuple[int, str], Document] = {}  # (generation, path), read last
 
     def retrieve(self, question: str, k: int) -> list[Hit]:
         """Up to k passages, best first. Raises InputError for an empty question."""
@@ -177,11 +180,22 @@ class Retriever:
         )
         return stored, features
 
+    def _document(self, path: str) -> Document:
+        """A file's text and pages, kept for the next hit: taking a long file apart takes milliseconds."""
+        key = (self._collection_facts().generation, path)
+        found = self._documents.get(key)
+        if found is None:
+            found = self.base.document(path)
+            while len(self._documents) >= _DOCUMENTS_KEPT:
+                self._documents.pop(next(iter(self._documents), key), None)
+            self._documents[key] = found
+        return found
+
     def _joined(self, first: Hit, second: Hit) -> Hit:
         """Two neighbouring passages as one, with the text between them."""
         low, high = sorted((first.chunk, second.chunk), key=lambda chunk: chunk.start)
         end = max(low.end, high.end)  # one may stand inside what was joined before
-        text = self.base.document(low.path).text[low.start : end]
+        text = self._document(low.path).text[low.start : end]
         shared = 0
         for a, b in zip(low.headings, high.headings, strict=False):
             if a != b:
@@ -198,7 +212,7 @@ class Retriever:
         if chunk.page is None or chunk.page == chunk.last_page:
             return replace(hit, page=chunk.page)
         start = chunk.start + best_sentence_start(chunk.text, weighed.weights)
-        return replace(hit, page=self.base.document(chunk.path).page_at(start))
+        return replace(hit, page=self._document(chunk.path).page_at(start))
 
 
 def _most_promising(
