@@ -40,7 +40,10 @@ CLOSE_FEATURES = (
     "soft",  # share of the question that the passage's best sentence says in the same or other words
     "dense_sentence",  # cosine of the question and the nearest sentence
 )
-CLOSE = 30  # candidates that the second stage looks at sentence by sentence
+# Candidates that the second stage looks at sentence by sentence: more of them where they are short,
+# as its time goes with their length.
+CLOSE, LEAST_CLOSE = 30, 10
+_CLOSE_BYTES = 16_000
 _K1, _B = 1.2, 0.6
 # Where a folder says the same in both languages, one wants to read it in one's own. Not fitted:
 # about half of what parts the first hit from the second.
@@ -145,6 +148,16 @@ def _adjacent(places: Sequence[tuple[int, str]], first: str, second: str) -> boo
 def rank(features: npt.NDArray[np.float64], language: Language) -> npt.NDArray[np.float64]:
     """First-stage scores (candidates,), higher is better, for a question in `language`."""
     return features @ _fitted()[language].first
+
+
+def count_close(texts: Sequence[str]) -> int:
+    """How many of the passages, best first, the second stage looks at."""
+    total = 0
+    for number, text in enumerate(texts[:CLOSE]):
+        total += len(text.encode())
+        if total > _CLOSE_BYTES and number >= LEAST_CLOSE:
+            return number
+    return min(CLOSE, len(texts))
 
 
 def close_features(

@@ -14,7 +14,15 @@ from rag.embedder import Embedder
 from rag.errors import InputError
 from rag.knowledge import StoredChunk
 from rag.language import Language, detect_language
-from rag.ranking import CLOSE, FEATURES, Candidate, match_features, rank, rank_closely
+from rag.ranking import (
+    CLOSE,
+    FEATURES,
+    Candidate,
+    count_close,
+    match_features,
+    rank,
+    rank_closely,
+)
 from rag.sentences import best_sentence_start
 from rag.soft_match import bundled_table
 from rag.store import Store
@@ -128,7 +136,8 @@ class Retriever:
             return Retrieval(weighed, (), np.zeros(len(FEATURES)), np.zeros(len(FEATURES)))
         first = rank(features, weighed.language)
         by_first = sorted(range(len(stored)), key=lambda at: (-first[at], stored[at].row))
-        front, rest = by_first[: max(CLOSE, k + 4)], by_first[max(CLOSE, k + 4) :]
+        count = max(k + 4, count_close([stored[at].chunk.text for at in by_first[:CLOSE]]))
+        front, rest = by_first[:count], by_first[count:]
         close = rank_closely(
             question, first[front], [stored[at].chunk.text for at in front], weighed.language
         )
