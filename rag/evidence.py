@@ -100,9 +100,16 @@ class Evidence:
     score: float
 
 
+_TABLE_RULE = re.compile(r"\s*\|?\s*:?-{2,}[-:|\s]*(?:\n|$)")
+_LIST_MARK = re.compile(r"[-*•·]\s+")
+
+
 def _is_heading(text: str, start: int, end: int, hit: Hit) -> bool:
-    """Whether [start, end) of a passage is a heading: it says what is spoken of, not what is said."""
+    """Whether [start, end) of a passage is a heading, or the head of a table or the rule under it: it
+    says what is spoken of, not what is said."""
     sentence = text[start:end]
+    if _TABLE_RULE.fullmatch(sentence) or sentence.startswith("|") and _TABLE_RULE.match(text[end:].lstrip("\n")):
+        return True
     bare = sentence.lstrip("#").strip()
     if sentence.startswith("#") or bare in hit.chunk.headings or bare == hit.chunk.title:
         return True
@@ -138,6 +145,8 @@ def sentence_features(
         text, first = hit.chunk.text, len(sentences)
         for start, end in sentence_spans(text):
             if not _is_heading(text, start, end, hit):
+                if mark := _LIST_MARK.match(text[start:end]):
+                    start += mark.end()
                 sentences.append(
                     Evidence(number, hit.chunk.start + start, hit.chunk.start + end, text[start:end], 0.0)
                 )
@@ -271,7 +280,8 @@ _MOST_SOURCES = 2
 
 
 def quotations(sentences: Sequence[Evidence]) -> list[tuple[int, int, int]]:
-    """What to quote of ranked sentences: (hit number, start, end), best hit first, in reading order.
+    """What to quote of ranked sentences: (hit number, start, end), first the one with the best sentence,
+    then the others by passage and in reading order.
 
     The scores were fitted as a softmax, so they give each sentence its probability of being the one
     that answers. Sentences are taken until _QUOTED_MASS of it is reached, at most _MOST_QUOTED of
@@ -297,7 +307,10 @@ def quotations(sentences: Sequence[Evidence]) -> list[tuple[int, int, int]]:
             quoted[-1] = (item.hit_number, quoted[-1][1], item.end)
         else:
             quoted.append((item.hit_number, item.start, item.end))
-    return quoted
+    best = sentences[0]
+    first = next(at for at, (number, start, end) in enumerate(quoted)
+                 if number == best.hit_number and start <= best.start < end)
+    return [quoted[first], *quoted[:first], *quoted[first + 1 :]]
 
 
 SUPPORT_FEATURES = (

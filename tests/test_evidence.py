@@ -79,6 +79,11 @@ def test_neighbours_become_one_quotation_and_never_more_than_five_sentences():
     assert quotations(equal) == [(1, 0, 19), (1, 30, 39), (1, 60, 79)]
 
 
+def test_the_best_sentence_comes_first_and_the_others_in_reading_order():
+    said = [sentence(1, 60, 69, 1.0), sentence(1, 30, 39, 0.5), sentence(1, 0, 9, 0.4)]
+    assert quotations(said) == [(1, 60, 69), (1, 0, 9), (1, 30, 39)]
+
+
 def test_no_more_than_two_passages_are_quoted():
     equal = [sentence(number, 0, 9, math.log(2)) for number in (3, 1, 2)] + [sentence(1, 20, 29, 0.0)]
     # Shares 2/7, 2/7, 2/7 and 1/7: passage 2 is left out, a weaker sentence of passage 1 is not.
@@ -93,4 +98,10 @@ def test_a_short_line_between_blank_lines_is_a_heading(heading):
 
 @pytest.mark.parametrize("line", ["- 缓存三天", "| 缓存 | 3 |", "缓存三天。", "The cache is kept for three days."])
 def test_a_list_item_a_table_row_and_a_sentence_are_no_headings(line):
-    assert line in [item.text for item in ranked("缓存多久 cache?", f"前文在此。\n\n{line}\n\n后文。")]
+    quoted = line.removeprefix("- ")  # a quotation is no list
+    assert quoted in [item.text for item in ranked("缓存多久 cache?", f"前文在此。\n\n{line}\n\n后文。")]
+
+
+def test_the_head_of_a_table_and_its_rule_are_not_quoted():
+    table = "| 项目 | 天数 |\n| --- | --- |\n| 缓存 | 3 |\n| 日志 | 30 |"
+    assert sorted(item.text for item in ranked("缓存保留多少天？", table)) == ["| 日志 | 30 |", "| 缓存 | 3 |"]
