@@ -161,8 +161,12 @@ def sentence_features(
     total = sum(weights[term] for term in terms) or 1.0
     pairs = list(zip(terms, terms[1:], strict=False))
     pair_total = sum(weights[a] + weights[b] for a, b in pairs) or 1.0
-    places = [_place_coverage(hit, weights) / total for hit in hits]
-    keys = [_key_coverage(hit, weights) for hit in hits]
+    in_place = [set(passage_terms(hit.chunk.place)) for hit in hits]
+    places = [sum(weights.get(term, 0.0) for term in held_there) / total for held_there in in_place]
+    heaviest = sorted(weights, key=lambda term: (-weights[term], term))[:KEY_TERMS]
+    key_total = sum(weights[term] for term in heaviest) or 1.0
+    in_hits = [there.union(passage_terms(hit.chunk.text)) for there, hit in zip(in_place, hits, strict=True)]
+    keys = [sum(weights[term] for term in heaviest if term in there) / key_total for there in in_hits]
     best_score = max(hit.score for hit in hits)
     kinds = _KindsAsked(question)
     own = soft.coverages()
@@ -191,17 +195,6 @@ def sentence_features(
             )),
         ])
     return SentenceFeatures(sentences, np.array(rows), read.null)
-
-
-def _place_coverage(hit: Hit, weights: Mapping[str, float]) -> float:
-    return sum(weights.get(term, 0.0) for term in set(passage_terms(hit.chunk.place)))
-
-
-def _key_coverage(hit: Hit, weights: Mapping[str, float]) -> float:
-    heaviest = sorted(weights, key=lambda term: (-weights[term], term))[:KEY_TERMS]
-    held = {*passage_terms(hit.chunk.text), *passage_terms(hit.chunk.place)}
-    total = sum(weights[term] for term in heaviest)
-    return sum(weights[term] for term in heaviest if term in held) / total if total else 0.0
 
 
 class _KindsAsked:

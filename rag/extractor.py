@@ -24,8 +24,8 @@ Floats = npt.NDArray[np.float32]
 
 BUNDLED = Path(__file__).parent / "bundled" / "extractor"
 LONGEST_QUESTION = 48  # tokens; what a longer question adds at its end is not read here
-_QUESTION_DILATIONS = (1, 2)
-_GAP = 16  # empty rows between passages: no convolution sees across
+QUESTION_DILATIONS = (1, 2)
+GAP = 16  # empty rows between passages: no convolution sees across
 _EPSILON = 1e-5  # of torch's LayerNorm
 
 
@@ -46,11 +46,11 @@ class Extraction:
         """Logarithm of the share of answers that begin in the characters [start, end) of a passage."""
         spans = self.spans[passage]
         inside = (spans[:, 0] >= start) & (spans[:, 0] < end)
-        return _log_sum(self.starts[passage][inside, 0])
+        return float(_log_sum(self.starts[passage][inside, 0]))
 
     def passage_mass(self, passage: int) -> float:
         """Logarithm of the share of answers that begin anywhere in a passage."""
-        return _log_sum(self.starts[passage][:, 0])
+        return float(_log_sum(self.starts[passage][:, 0]))
 
 
 class Extractor:
@@ -91,12 +91,12 @@ class Extractor:
         length = 0
         for ids, _ in encoded:
             begins.append(length)
-            length += len(ids) + _GAP
+            length += len(ids) + GAP
         said = np.full(length, -1, dtype=np.int64)
         for begin, (ids, _) in zip(begins, encoded, strict=True):
             said[begin : begin + len(ids)] = ids
         logits, null = self._forward(np.asarray(asked), said)  # (T, 2), (2,)
-        total = np.logaddexp(_log_sum_columns(logits), null)  # (2,)
+        total = np.logaddexp(_log_sum(logits), null)  # (2,)
         shares = (logits - total).astype(np.float32)
         parts = tuple(shares[begin : begin + len(ids)] for begin, (ids, _) in zip(begins, encoded, strict=True))
         return Extraction(parts, tuple(spans for _, spans in encoded), float((null - total).mean()))
@@ -110,7 +110,7 @@ class Extractor:
         e_q, e_u = table[asked], table[distinct]  # (Q, e), (U, e)
         # the question
         first_q = x_q = self._norm(e_q @ w["project.weight"].T + w["project.bias"], "project_norm")
-        for number, by in enumerate(_QUESTION_DILATIONS):
+        for number, by in enumerate(QUESTION_DILATIONS):
             x_q = self._convolve(x_q, by, f"question_layers.{number}", None)
         scores = x_q @ w["pool.weight"][0] + w["pool.bias"]
         pooled = _softmax(scores[None])[0] @ x_q  # (d,)
@@ -164,16 +164,9 @@ def _softmax(scores: Floats) -> Floats:
     return cast(Floats, powers / powers.sum(axis=1, keepdims=True))
 
 
-def _log_sum(values: Floats) -> float:
-    if not len(values):
-        return -np.inf
-    top = float(values.max())
-    return top + float(np.log(np.exp(values - top).sum())) if np.isfinite(top) else top
-
-
-def _log_sum_columns(values: Floats) -> Floats:
-    top = values.max(axis=0)
-    return cast(Floats, top + np.log(np.exp(values - top).sum(axis=0)))
+def _log_sum(values: Floats) -> Floats:
+    """log(sum(exp(values))) over the first axis; minus infinity where there is nothing to add."""
+    return cast(Floats, np.logaddexp.reduce(values, axis=0, initial=-np.inf))
 
 
 @lru_cache(maxsize=1)

@@ -131,6 +131,19 @@ class StoredChunk:
     body_terms: tuple[str, ...]
 
 
+def refuse_other_embedder(
+    meta: Callable[[str], str | None], embedder: Embedder, *, advice: str
+) -> None:
+    """Raise KnowledgeBaseError where the base whose `meta` this is was built with another embedder."""
+    fingerprint = meta("embedder_fingerprint")
+    if fingerprint is not None and fingerprint != embedder.fingerprint:
+        raise KnowledgeBaseError(
+            f"this knowledge base was built with {meta('embedder')!r} ({meta('dim')} dimensions, "
+            f"fingerprint {fingerprint}); settings name {embedder.name!r} ({embedder.dim} dimensions, "
+            f"fingerprint {embedder.fingerprint}). Run: {advice}"
+        )
+
+
 class KnowledgeBase:
     """Open with `KnowledgeBase.open(folder)`, or `.create(folder)` to make it where it is missing.
 
@@ -422,14 +435,7 @@ class KnowledgeBase:
 
     def check_embedder(self, embedder: Embedder) -> None:
         """Raise KnowledgeBaseError where the vectors stored were made by another embedder."""
-        fingerprint = self.meta("embedder_fingerprint")
-        if fingerprint is not None and fingerprint != embedder.fingerprint:
-            raise KnowledgeBaseError(
-                f"this knowledge base was built with {self.meta('embedder')!r} "
-                f"({self.meta('dim')} dimensions, fingerprint {fingerprint}); settings name "
-                f"{embedder.name!r} ({embedder.dim} dimensions, fingerprint {embedder.fingerprint}). "
-                f"Run: python -m ingest --reembed --kb {self.folder}"
-            )
+        refuse_other_embedder(self.meta, embedder, advice=f"python -m ingest --reembed --kb {self.folder}")
 
     def _record_embedder(self, embedder: Embedder) -> None:
         with self._change() as connection:

@@ -41,7 +41,7 @@ from rag.dense_index import Found, IndexFacts, Rows
 from rag.document import Chunk, Document, Heading, Page
 from rag.embedder import Embedder, Vectors
 from rag.errors import KnowledgeBaseError
-from rag.knowledge import FileRecord, StoredChunk, path_words
+from rag.knowledge import FileRecord, StoredChunk, path_words, refuse_other_embedder
 from rag.terms import passage_terms
 
 try:
@@ -561,14 +561,7 @@ class MilvusStore:
 
     def check_embedder(self, embedder: Embedder) -> None:
         """Raise KnowledgeBaseError where the vectors stored were made by another embedder."""
-        fingerprint = self.meta("embedder_fingerprint")
-        if fingerprint is not None and fingerprint != embedder.fingerprint:
-            raise KnowledgeBaseError(
-                f"this knowledge base was built with {self.meta('embedder')!r} "
-                f"({self.meta('dim')} dimensions, fingerprint {fingerprint}); settings name "
-                f"{embedder.name!r} ({embedder.dim} dimensions, fingerprint {embedder.fingerprint}). "
-                "Run: python -m ingest --reembed"
-            )
+        refuse_other_embedder(self.meta, embedder, advice="python -m ingest --reembed")
 
     # changing it
 

@@ -15,7 +15,6 @@ from rag.errors import InputError
 from rag.knowledge import StoredChunk
 from rag.language import Language, detect_language
 from rag.ranking import (
-    CLOSE,
     FEATURES,
     Candidate,
     count_close,
@@ -136,7 +135,7 @@ class Retriever:
             return Retrieval(weighed, (), np.zeros(len(FEATURES)), np.zeros(len(FEATURES)))
         first = rank(features, weighed.language)
         by_first = sorted(range(len(stored)), key=lambda at: (-first[at], stored[at].row))
-        count = max(k + 4, count_close([stored[at].chunk.text for at in by_first[:CLOSE]]))
+        count = max(k + 4, count_close([stored[at].chunk.text for at in by_first]))
         front, rest = by_first[:count], by_first[count:]
         close = rank_closely(
             question, first[front], [stored[at].chunk.text for at in front], weighed.language

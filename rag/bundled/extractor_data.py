@@ -20,10 +20,10 @@ from tokenizers import Tokenizer
 
 from rag.bundled.training_data import held_out, is_measured, read_rows, windows
 from rag.embedder import BUNDLED
+from rag.extractor import LONGEST_QUESTION
 
 Ids = npt.NDArray[np.int32]
 LONGEST_PASSAGE = 240  # tokens; a longer one is cut to a window that holds the answer
-LONGEST_QUESTION = 48
 NEGATIVES = 12
 _BLOCK = 512
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-QUESTION_DILATIONS = (1, 2)
+from rag.extractor import QUESTION_DILATIONS
 
 
 @dataclass(frozen=True, slots=True)

@@ -263,7 +263,7 @@ def _close_lists(
 
 def _close(item: Searched, weights: dict[str, float]) -> tuple[list[int], np.ndarray]:
     first = item.features @ np.array(list(weights.values()))
-    best = [int(at) for at in np.argsort(-first)[: ranking.CLOSE]]
+    best = [int(at) for at in np.argsort(-first)]
     front = best[: ranking.count_close([item.stored[at].chunk.text for at in best])]
     texts = [item.stored[at].chunk.text for at in front]
     return front, ranking.close_features(item.question.question, first[front], texts)

@@ -31,10 +31,9 @@ from rag.bundled.extractor_data import (
     read_training,
 )
 from rag.bundled.extractor_model import ExtractorModel, ExtractorShape
+from rag.extractor import BUNDLED, GAP
 from rag.soft_match import bundled_table
 
-OUT = Path(__file__).parent / "extractor"
-GAP = 16  # empty tokens between passages: no convolution sees across
 # How often a question of each source is seen in one pass: few and good ones more often.
 SHARES = {"squad1.1-train": 1.0, "medquad": 0.3, "made": 0.6, "drcd-dev-s2t": 4.0, "cmrc2018-trial": 4.0,
           "lecoqa-train": 3.0}
@@ -161,7 +160,7 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with the .jsonl.xz files")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, default=BUNDLED)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--width", type=int, default=128)
