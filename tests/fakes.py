@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from rag.document import Chunk, Document
+from rag.embedder import Embedder
 from rag.generator import GenerationResult
+from rag.knowledge import FileRecord, KnowledgeBase
 from rag.prompt import Prompt
 from rag.terms import passage_terms
 
@@ -41,6 +45,32 @@ class WordEmbedder:
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return [len(passage_terms(text)) for text in texts]
+
+
+def base_of(folder: Path, texts: Mapping[str, str], embedder: Embedder | None = None) -> KnowledgeBase:
+    """A new knowledge base in `folder`: each text a file of one chunk."""
+    embedder = embedder or WordEmbedder()
+    base = KnowledgeBase.create(folder)
+    with base.writing():
+        base.bind_embedder(embedder)
+        for path, text in texts.items():
+            chunk = Chunk(path, text, 0, len(text))
+            base.put_file(
+                FileRecord(path, path, 1, "ok"), Document(path, text, "txt"), [chunk],
+                embedder.embed_passages([chunk.indexed_text]),
+            )
+        base.publish()
+    return base
+
+
+def drain(stream: Iterator[str]) -> tuple[list[str], GenerationResult]:
+    """All pieces of a generator's stream, and the result."""
+    pieces = []
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as end:
+            return pieces, end.value
 
 
 class ScriptedGenerator:

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import httpx2
 import openai
-from fakes import ScriptedGenerator, WordEmbedder
+from fakes import ScriptedGenerator, WordEmbedder, base_of
 
-from rag.document import Chunk, Document
 from rag.embedder import Embedder
-from rag.knowledge import FileRecord, KnowledgeBase
 from rag.pipeline import Rag
 from rag.serve import ServeOptions
 from rag.serve.keys import Keys
@@ -56,15 +54,8 @@ class EndlessGenerator(ScriptedGenerator):
 
 
 def make_rag(folder: Path, generator: object, embedder: Embedder | None = None, **settings: object) -> Rag:
-    base, embedder = KnowledgeBase.create(folder), embedder or WordEmbedder()
-    with base.writing():
-        base.bind_embedder(embedder)
-        chunk = Chunk("boiler.txt", TEXT, 0, len(TEXT))
-        base.put_file(
-            FileRecord("boiler.txt", "x", 1, "ok"), Document("boiler.txt", TEXT, "txt"), [chunk],
-            embedder.embed_passages([chunk.indexed_text]),
-        )
-        base.publish()
+    embedder = embedder or WordEmbedder()
+    base = base_of(folder, {"boiler.txt": TEXT}, embedder)
     rag = Rag(base, embedder, Settings(kb=str(folder), **settings))
     rag.use_generator(generator)
     return rag

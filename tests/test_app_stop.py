@@ -11,12 +11,10 @@ import pytest
 from app.conversations import Conversation, Turn
 from app.jobs import Desk, Job
 from rag.confidence import Calibration
-from rag.document import Chunk, Document
 from rag.generator import load_generator
-from rag.knowledge import FileRecord, KnowledgeBase
 from rag.pipeline import Rag
 from rag.settings import Settings
-from tests.fakes import WordEmbedder
+from tests.fakes import WordEmbedder, base_of
 from tests.tiny_models import make_model
 
 TEXT = "The boiler in the cellar is serviced every October by the engineer of the house. " * 6
@@ -32,15 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def rag(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rag:
-    base, embedder = KnowledgeBase.create(tmp_path / "kb"), WordEmbedder()
-    with base.writing():
-        base.bind_embedder(embedder)
-        chunk = Chunk("boiler.txt", TEXT, 0, len(TEXT))
-        base.put_file(
-            FileRecord("boiler.txt", "x", 1, "ok"), Document("boiler.txt", TEXT, "txt"), [chunk],
-            embedder.embed_passages([chunk.indexed_text]),
-        )
-        base.publish()
+    embedder = WordEmbedder()
+    base = base_of(tmp_path / "kb", {"boiler.txt": TEXT}, embedder)
     # Whether a text of the test supports an answer is the pipeline's affair and tested there.
     monkeypatch.setattr("rag.pipeline.support_probability", lambda *_: (0.9, 0.5))
     settings = Settings(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes import drain
 from transformers import AutoConfig
 
 import rag.generator
@@ -18,7 +19,6 @@ from rag.engine import Event, FinishEvent, Request, TokenEvent
 from rag.engine.placement import count_weights, plan_memory, weight_bytes
 from rag.errors import GeneratorError
 from rag.generator import (
-    GenerationResult,
     Generator,
     TextStream,
     load_generator,
@@ -47,15 +47,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def generator(folder: Path) -> Generator:
     return load_generator(settings(folder))
-
-
-def drain(stream: Iterator[str]) -> tuple[list[str], GenerationResult]:
-    pieces = []
-    while True:
-        try:
-            pieces.append(next(stream))
-        except StopIteration as end:
-            return pieces, end.value
 
 
 class ScriptedEngine:

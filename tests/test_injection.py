@@ -4,15 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
-from fakes import ScriptedGenerator
+from fakes import ScriptedGenerator, base_of
 from jinja2 import Environment
 
 from rag import Rag, Settings
 from rag.answer import Hit
 from rag.citations import check_citations, unlinked
-from rag.document import Chunk, Document
+from rag.document import Chunk
 from rag.embedder import load_embedder
-from rag.knowledge import FileRecord, KnowledgeBase
 from rag.language import detect_language
 from rag.prompt import build_prompt, neutralise
 from rag.quality.injection import PATH, is_clickable, read_injections, run_suite, summary
@@ -113,15 +112,7 @@ TEXTS = {
 
 
 def test_no_document_changes_what_others_are_cited_for(tmp_path):
-    embedder = load_embedder("bundled")
-    base = KnowledgeBase.create(tmp_path / "kb")
-    with base.writing():
-        base.bind_embedder(embedder)
-        for path, text in TEXTS.items():
-            chunk = Chunk(path, text, 0, len(text))
-            base.put_file(FileRecord(path, path, 1, "ok"), Document(path, text, "txt"), [chunk],
-                          embedder.embed_passages([text]))
-        base.publish()
+    base = base_of(tmp_path / "kb", TEXTS, load_embedder("bundled"))
     rag = Rag.open(settings=Settings(kb=str(base.folder)))
 
     class Obedient(ScriptedGenerator):

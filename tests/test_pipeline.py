@@ -1,7 +1,7 @@
 """Question to answer, with a scripted model in place of a big one and the real embedder."""
 
 import pytest
-from fakes import ScriptedGenerator
+from fakes import ScriptedGenerator, base_of
 
 from rag import Rag, Settings
 from rag.confidence import Calibration
@@ -24,18 +24,7 @@ CERTAIN = Calibration(bias=0.0, logprob=10.0, support=0.0, threshold=0.2)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    embedder = load_embedder("bundled")
-    base = KnowledgeBase.create(tmp_path_factory.mktemp("kb"))
-    with base.writing():
-        base.bind_embedder(embedder)
-        for path, text in TEXTS.items():
-            chunk = Chunk(path, text, 0, len(text))
-            base.put_file(
-                FileRecord(path, path, 1, "ok"), Document(path, text, "txt"), [chunk],
-                embedder.embed_passages([chunk.indexed_text]),
-            )
-        base.publish()
-    return base.folder
+    return base_of(tmp_path_factory.mktemp("kb"), TEXTS, load_embedder("bundled")).folder
 
 
 def rag_with(folder, *texts, calibration=None, **options):

@@ -1,11 +1,10 @@
 import json
 
 import pytest
-from fakes import WordEmbedder
+from fakes import base_of
 
-from rag.document import Chunk, Document, Heading, Page
+from rag.document import Document, Heading, Page
 from rag.errors import InputError
-from rag.knowledge import FileRecord, KnowledgeBase
 from rag.quality.evaluation import EvalQuestion
 from rag.quality.question_templates import drafts
 from rag.quality.questions import make_questions, questions_of
@@ -81,19 +80,6 @@ TEXT_EN = "The monthly rent is 1,250 euros. A gated block has three matrices. Th
 TEXT_ZH = "租赁期限不得超过二十年。静态嵌入是一种不经过注意力的句向量。Qwen3 模型的词表共有 151936 项。"
 
 
-def make_base(folder, texts):
-    embedder = WordEmbedder()
-    base = KnowledgeBase.create(folder)
-    with base.writing():
-        base.bind_embedder(embedder)
-        for path, text in texts.items():
-            chunk = Chunk(path, text, 0, len(text))
-            base.put_file(FileRecord(path, path, 1, "ok"), Document(path, text, "txt"), [chunk],
-                          embedder.embed_passages([text]))
-        base.publish()
-    return base
-
-
 def test_every_question_keeps_the_place_it_came_from():
     document = Document("b.pdf", TEXT_EN, "pdf", pages=(Page(1, 0, 33), Page(2, 33, len(TEXT_EN))))
     made = list(questions_of(document))
@@ -105,13 +91,13 @@ def test_every_question_keeps_the_place_it_came_from():
 
 
 def test_a_question_that_two_sentences_answer_is_left_out(tmp_path):
-    base = make_base(tmp_path / "kb", {"a.txt": TEXT_EN, "b.txt": "The monthly rent is 900 euros.", "zh.txt": TEXT_ZH})
+    base = base_of(tmp_path / "kb", {"a.txt": TEXT_EN, "b.txt": "The monthly rent is 900 euros.", "zh.txt": TEXT_ZH})
     found = [each.question for each in make_questions(base, count=50, unanswerable=0)]
     assert "What is the monthly rent?" not in found and "租赁期限不得超过几年？" in found
 
 
 def test_questions_without_an_answer_name_what_stands_nowhere(tmp_path):
-    base = make_base(tmp_path / "kb", {"en.txt": TEXT_EN, "zh.txt": TEXT_ZH + "青穗是一个人名。"})
+    base = base_of(tmp_path / "kb", {"en.txt": TEXT_EN, "zh.txt": TEXT_ZH + "青穗是一个人名。"})
     made = make_questions(base, count=8, unanswerable=0.5)
     without = [each for each in made if each.unanswerable]
     assert without and len(made) <= 8
@@ -123,13 +109,13 @@ def test_questions_without_an_answer_name_what_stands_nowhere(tmp_path):
 
 
 def test_the_same_seed_makes_the_same_questions_and_files_take_turns(tmp_path):
-    base = make_base(tmp_path / "kb", {"en.txt": TEXT_EN, "zh.txt": TEXT_ZH})
+    base = base_of(tmp_path / "kb", {"en.txt": TEXT_EN, "zh.txt": TEXT_ZH})
     assert make_questions(base, seed=3) == make_questions(base, seed=3)
     assert {each.path for each in make_questions(base, count=2, unanswerable=0)} == {"en.txt", "zh.txt"}
 
 
 def test_numbers_and_documents_that_give_nothing_are_told(tmp_path):
-    base = make_base(tmp_path / "kb", {"a.txt": "Hello there, good to see you."})
+    base = base_of(tmp_path / "kb", {"a.txt": "Hello there, good to see you."})
     with pytest.raises(InputError, match="no sentence of the 1 documents fits"):
         make_questions(base)
     with pytest.raises(InputError, match="count must be at least 1"):

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from fakes import drain
 
 for _package in ("fastapi", "uvicorn", "prometheus_client", "openai"):
     pytest.importorskip(_package, reason=f"{_package} is not installed: pip install -e '.[serve,openai]'")
@@ -29,16 +30,6 @@ from rag.settings import Settings
 from rag.stopping import Stop
 
 ASKED = Prompt(hits=(), messages=(Message("user", "Where does the cat sit?"),))
-
-
-def drain(stream):
-    """All pieces, and the result."""
-    pieces = []
-    while True:
-        try:
-            pieces.append(next(stream))
-        except StopIteration as end:
-            return pieces, end.value
 
 
 # against this project's own server
