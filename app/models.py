@@ -39,7 +39,7 @@ class ModelStore:
         self._lock = threading.RLock()
         self._loading = threading.Lock()
         self._embedders: dict[tuple[str, str], Embedder] = {}
-        self._generators: OrderedDict[tuple[str, str, str], LoadedGenerator] = OrderedDict()
+        self._generators: OrderedDict[tuple[str, str, str, str], LoadedGenerator] = OrderedDict()
         self._bases: dict[tuple[str, int], KnowledgeBase] = {}
         self._rags: OrderedDict[tuple[Settings, int], Rag] = OrderedDict()
         self._warming: set[Settings] = set()
@@ -86,7 +86,7 @@ class ModelStore:
                 from rag.generator import load_generator  # imports torch, which takes seconds
 
                 loaded = LoadedGenerator(
-                    load_generator(settings), Calibration.read(settings.generator)
+                    load_generator(settings), Calibration.read(settings.generator, settings.adapter)
                 )
             with self._lock:
                 self._generators[key] = loaded
@@ -129,8 +129,8 @@ class ModelStore:
             self._rags.clear()
 
 
-def _generator_key(settings: Settings) -> tuple[str, str, str]:
-    return (settings.generator, settings.device, settings.dtype)
+def _generator_key(settings: Settings) -> tuple[str, str, str, str]:
+    return (settings.generator, settings.adapter, settings.device, settings.dtype)
 
 
 def _identity(folder: str) -> tuple[str, int]:

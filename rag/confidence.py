@@ -28,11 +28,16 @@ class Calibration:
     threshold: float
 
     @classmethod
-    def read(cls, generator: str) -> Calibration | None:
+    def read(cls, generator: str, adapter: str = "") -> Calibration | None:
         """The calibration that came with a model; None where it has none and is taken at its word.
 
-        Raises GeneratorError where the file is there but can't be read.
+        With an adapter it is the adapter's own: the model's was fitted on answers that the adapted
+        weights no longer give. Raises GeneratorError where the file is there but can't be read.
         """
+        if adapter:
+            from rag.adapter import read_calibration
+
+            return read_calibration(Path(adapter))
         folder = _BUNDLED if generator == "bundled" else Path(generator)
         file = folder / "reader.json"
         if not file.is_file():

@@ -16,6 +16,7 @@ from itertools import accumulate, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rag.adapter import check_base, merge_adapter
 from rag.engine.interface import Engine, FinishEvent, Request, Sampling, TokenEvent
 from rag.errors import GeneratorError
 from rag.language import detect_language
@@ -222,6 +223,27 @@ class PromptFormat:
                 "Ask without history, or choose another model."
             ) from error
 
+    def encode_answer(self, text: str) -> tuple[int, ...]:
+        """What the model would have to write for an answer: its tokens and the end of the turn.
+
+        Raises GeneratorError where the model has no token that ends a turn.
+        """
+        known = self._tokenizer.get_added_vocab()
+        template = self._tokenizer.chat_template
+        written = template if isinstance(template, str) else json.dumps(template)
+        if self.layout == "reader":
+            ends = [known[_READER_END]] if _READER_END in known else []
+        elif self.layout == "chat":
+            ends = [known[mark] for mark in _TURN_ENDS if mark in known and mark in written]
+        else:
+            ends = []
+        if not ends and self._tokenizer.eos_token_id is not None:
+            ends = [int(self._tokenizer.eos_token_id)]
+        if not ends:
+            raise GeneratorError("the model's tokenizer names no token that ends an answer.")
+        lead = " " if self.layout == "plain" else ""  # the prompt ends with "Answer:"
+        return (*self._ids(lead + text, add_special_tokens=False), ends[0])
+
     def blocks(self, ids: Sequence[int]) -> tuple[tuple[int, ...], int]:
         """Where passages and question begin in the reader's second layout; ((), 0) in any other."""
         if self._block_ids is None or not ids or ids[0] != self._block_ids[0]:
@@ -333,6 +355,10 @@ class Generator:
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The prompt's token ids, special tokens included."""
         return self._format.encode(prompt)
+
+    def encode_answer(self, text: str) -> tuple[int, ...]:
+        """The token ids that the model would have to write for this answer, its end included."""
+        return self._format.encode_answer(text)
 
     def prompt_text(self, prompt: Prompt) -> str:
         """What the model reads, back from its tokens: template and special tokens included."""
@@ -539,6 +565,9 @@ def load_generator(settings: Settings) -> Generator:
     name = settings.generator
     folder = find_model(name)
     check_folder(folder, name)
+    adapter = Path(settings.adapter).expanduser() if settings.adapter else None
+    if adapter is not None:
+        check_base(adapter, name, weight_files(folder))
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     bits = WEIGHT_BITS.get(settings.dtype)
@@ -549,7 +578,7 @@ def load_generator(settings: Settings) -> Generator:
     limit = getattr(text_config, "max_position_embeddings", None)
     wanted = settings.max_prompt_tokens + settings.max_new_tokens
     needed = min(limit, wanted) if limit else wanted
-    num_weights = count_weights(_weight_files(folder))
+    num_weights = count_weights(weight_files(folder))
     devices = mapped_devices(settings.device, device)
     free = [free_bytes(one) for one in devices]
     bytes_per_token = kv_bytes_per_token(text_config, dtype, int8=int8_kv)
@@ -577,6 +606,8 @@ def load_generator(settings: Settings) -> Generator:
         shares = memory_shares(free, plan.kv_tokens * plan.kv_bytes_per_token)
         model = _load_model(folder, name, dtype, device_map="auto", max_memory=shares)
         check_map(model.hf_device_map, name)
+    if adapter is not None:
+        merge_adapter(model, adapter)
     is_reader = _reader_layout(folder)
     stop_ids = _stop_ids(model, tokenizer, is_reader=is_reader)
     context_length = min(limit, plan.kv_tokens) if limit else plan.kv_tokens
@@ -592,7 +623,7 @@ def load_generator(settings: Settings) -> Generator:
     return Generator(
         engine,
         tokenizer,
-        name=name,
+        name=name if adapter is None else f"{name} with {adapter.name}",
         is_reader=is_reader,
         stop_ids=stop_ids,
         memory=plan,
@@ -669,7 +700,7 @@ def _find_on_hub(name: str) -> Path:
     return fetched
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that the folder should hold."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -680,7 +711,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _is_complete(folder: Path) -> bool:
-    files = _weight_files(folder)
+    files = weight_files(folder)
     return (folder / "config.json").is_file() and bool(files) and all(p.is_file() for p in files)
 
 
@@ -689,11 +720,12 @@ def check_folder(folder: Path, name: str) -> None:
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise GeneratorError(
-                f"{name} is a LoRA adapter, not a whole model. Merge it into its base model first "
-                "(peft: merge_and_unload, then save_pretrained)."
+                f"{name} is a LoRA adapter, not a whole model. One of python -m rag.finetune is the "
+                "setting adapter, beside the generator it was trained on; merge another into its base "
+                "first (peft: merge_and_unload, then save_pretrained)."
             )
         raise GeneratorError(f"{name} has no config.json in {folder}: not a Hugging Face model.")
-    files = _weight_files(folder)
+    files = weight_files(folder)
     missing = [path.name for path in files if not path.is_file()]
     if missing:
         raise GeneratorError(

@@ -95,7 +95,7 @@ class Rag:
                 from rag.generator import load_generator  # imports torch, which takes seconds
 
                 self._generator = load_generator(self.settings)
-                self._calibration = Calibration.read(self.settings.generator)
+                self._calibration = Calibration.read(self.settings.generator, self.settings.adapter)
             return self._generator
 
     def use_generator(self, generator: Generator, calibration: Calibration | None = None) -> None:
@@ -111,6 +111,10 @@ class Rag:
     def support(self, question: str, retrieval: Retrieval | None = None) -> float:
         """Probability that the passages found answer the question; nothing is generated."""
         return self._plan(question, (), retrieval).support
+
+    def prompt(self, question: str) -> Prompt:
+        """What the model reads for a question, also where the pipeline would refuse it first."""
+        return self._prompt(self._plan(question, (), None), ())
 
     def ask(self, question: str, *, history: History = ()) -> Answer:
         """Answer one question. `history` holds earlier (question, answer) pairs, oldest first."""

@@ -25,6 +25,7 @@ class Settings:
     milvus_uri: str = ""  # of the store "milvus": a file NAME.db, or http://host:19530, and #BASE
     embedder: str = "bundled"  # "bundled", a folder, or a Hugging Face name
     generator: str = "bundled"  # "bundled", a folder, a Hugging Face name, or openai:http://host/v1#model
+    adapter: str = ""  # folder of `python -m rag.finetune`, for the generator it was trained on; "" is none
     remote_context_length: int = 0  # of a generator elsewhere, in its tokens; 0: what its server says
     remote_seconds: float = 60.0  # longest wait for the next piece from a generator elsewhere
     device: str = "auto"  # "auto", "auto-map" (over all GPUs), "cpu", "cuda", "cuda:1", "mps"
@@ -64,6 +65,11 @@ class Settings:
             raise SettingsError(
                 f"setting store is {self.store!r} and milvus_uri is {self.milvus_uri!r}. Give both or "
                 "neither: store = 'milvus', milvus_uri = 'kb.db' or 'http://localhost:19530'."
+            )
+        if self.adapter and self.generator.startswith("openai:"):
+            raise SettingsError(
+                f"setting adapter is {self.adapter!r}, but {self.generator!r} runs on a server, whose weights "
+                "are not here. Load the adapter there, or name a model on this machine."
             )
         self._check_range("top_k", 1, 50)
         self._check_range("chunk_tokens", 32, 8192)
