@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -55,7 +55,14 @@ def move_to_milvus(
         gone = [path for path in there if path not in files]
         for path in gone:
             target.remove_file(path)
-        fresh = [record for path, record in files.items() if there.get(path) != record]
+        held = {path: replace(record, modified=files[path].modified) for path, record in there.items() if path in files}
+        dates = {
+            path: when for path, record in files.items()
+            if held.get(path) == record != there[path] and (when := record.modified) is not None
+        }
+        if dates:
+            target.set_modified(dates)
+        fresh = [record for path, record in files.items() if held.get(path) != record]
         chunks = 0
         for batch in _batches(source, fresh):
             target.put_files(batch)

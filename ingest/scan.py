@@ -28,11 +28,12 @@ _SKIPPED_FOLDERS = frozenset("__pycache__ node_modules __MACOSX site-packages".s
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file on disk and its path in the base."""
+    """A file on disk and its path in the base. `modified` is in seconds since 1970."""
 
     path: str
     file: Path
     size: int
+    modified: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,8 @@ def scan(
                     unreadable.append(path)
                 continue
             try:
-                sources[path] = SourceFile(path, file, file.stat().st_size)
+                facts = file.stat()
+                sources[path] = SourceFile(path, file, facts.st_size, facts.st_mtime)
             except OSError as error:
                 skipped[path] = SkippedFile(path, f"{_UNREADABLE}: {error.strerror}")
                 unreadable.append(path)

@@ -230,7 +230,7 @@ class _Run:
         if base.meta(META_KEY) != roots_text:
             base.set_meta(META_KEY, roots_text)
         for old, task in plan.moves:
-            record = replace(known[old], path=task.source.path)
+            record = replace(known[old], path=task.source.path, modified=task.source.modified)
             base.move_file(old, task.source.path, record)
             self._note(
                 FileResult(
@@ -240,6 +240,11 @@ class _Run:
             )
         for path in plan.deleted:
             base.remove_file(path)
+        # Of files whose content is the same: touched since, or from before dates were kept.
+        dates = {path: plan.scan.sources[path].modified for path in plan.unchanged}
+        dates = {path: when for path, when in dates.items() if known[path].modified != when}
+        if dates:
+            base.set_modified(dates)
         if not plan.tasks:
             return
         base.bind_embedder(self._embedder)
@@ -277,7 +282,7 @@ class _Run:
         """Split a document; a file without one is recorded as failed."""
         record = FileRecord(
             path=task.source.path, sha256=task.sha256, size=task.source.size, status="ok",
-            seconds=round(parsed.seconds, 4), pipeline=task.pipeline,
+            seconds=round(parsed.seconds, 4), pipeline=task.pipeline, modified=task.source.modified,
         )
         document, error = parsed.document, parsed.error
         chunks: list[Chunk] = parsed.chunks or []

@@ -39,6 +39,7 @@ FLAT_LIMIT = 200_000
 LEAST_RECALL = 0.95
 _RESCORED = 4  # candidates scored again for each one asked for ...
 _LEAST_RESCORED = 100  # ... and never fewer
+_FEW = 20_000  # rows that are all compared exactly where codes can't be searched among them
 _SAMPLE = 200  # vectors that stand in for questions when recall is measured
 _TRAINED_ON = 65_536
 _GROWN = 2.0  # built anew, not added to, once it holds this many times what it was built from
@@ -97,20 +98,36 @@ class DenseIndex:
     index: Any
     facts: IndexFacts
 
-    def search(self, vectors: Vectors, k: int, hidden: frozenset[int]) -> tuple[Vectors, Rows]:
+    def search(
+        self, vectors: Vectors, k: int, hidden: frozenset[int], among: Rows | None = None
+    ) -> tuple[Vectors, Rows]:
         """(scores, rows), (n, k or more) each, best first, row -1 where there is none.
 
-        Rows in `hidden` are left out: what they stand for has changed since.
+        Rows in `hidden` are left out: what they stand for has changed since; so are those that aren't
+        in `among`, where that is given.
         """
         total = self.index.ntotal
+        left_out = np.fromiter(hidden, np.int64, len(hidden))
+        if among is not None and self.facts.kind != "pq":
+            wanted = min(k, len(among))
+            chosen: Any = {"sel": _selector(np.setdiff1d(among, left_out))}
+            with _few_threads(len(vectors)):
+                found: tuple[Vectors, Rows] = self.index.search(
+                    np.ascontiguousarray(vectors), max(1, wanted), params=faiss.SearchParameters(**chosen)
+                )
+            return found
+        # Fast scan takes no selector: more are asked for, until enough of them are right.
         gone = len(hidden) + self.facts.dead
-        wanted = min(total, k + min(gone, k))
+        share = 1.0 if among is None else len(among) / max(1, total)
+        wanted = min(total, int(k / max(share, 1e-3)) + min(gone, k))
         while True:
             with _few_threads(len(vectors)):
-                scores, rows = self.index.search(np.ascontiguousarray(vectors), wanted)
-            if not gone:
+                scores, rows = self.index.search(np.ascontiguousarray(vectors), max(1, wanted))
+            if not gone and among is None:
                 return scores, rows
-            dropped = (rows == _DEAD) | np.isin(rows, np.fromiter(hidden, np.int64, len(hidden)))
+            dropped = (rows == _DEAD) | np.isin(rows, left_out)
+            if among is not None:
+                dropped |= ~np.isin(rows, among)
             if wanted == total or (wanted - dropped.sum(axis=1)).min() >= k:
                 rows[dropped] = _DEAD
                 return scores, rows
@@ -160,24 +177,46 @@ class DenseView:
     overlay: Overlay
 
     def search(
-        self, vectors: Vectors, k: int, stored: Callable[[Sequence[int]], dict[int, Vectors]]
+        self, vectors: Vectors, k: int, stored: Callable[[Sequence[int]], dict[int, Vectors]], *,
+        among: Rows | None = None,
     ) -> Found:
         """For each vector up to k (row, cosine), best first; equal ones by row.
 
-        `stored` gives vectors by row, for scoring candidates again.
+        `stored` gives vectors by row, for scoring candidates again. `among`: only these rows, ascending.
         """
         found: list[dict[int, float]] = [{} for _ in vectors]
+        if among is not None and not len(among):
+            return [[] for _ in vectors]
         if self.file is not None and self.file.index.ntotal:
             exact = self.file.is_exact
             count = k if exact else max(_LEAST_RESCORED, _RESCORED * k)
-            scores, rows = self.file.search(vectors, count, self.overlay.hidden)
-            found = _pairs(rows, scores) if exact else _scored_again(rows, vectors, stored)
-        if len(self.overlay.rows):
-            scores = vectors @ self.overlay.vectors.T  # (questions, changed)
+            if among is not None and self.file.facts.kind == "pq" and len(among) <= _FEW:
+                hidden = np.fromiter(self.overlay.hidden, np.int64, len(self.overlay.hidden))
+                rows = np.tile(np.setdiff1d(among, hidden), (len(vectors), 1))
+                found = _scored_again(rows, vectors, stored)
+            else:
+                scores, rows = self.file.search(vectors, count, self.overlay.hidden, among)
+                found = _pairs(rows, scores) if exact else _scored_again(rows, vectors, stored)
+        changed = np.arange(len(self.overlay.rows))
+        if among is not None:
+            changed = changed[np.isin(self.overlay.rows, among)]
+        if len(changed):
+            scores = vectors @ self.overlay.vectors[changed].T  # (questions, changed)
             best = _best_columns(scores, k)
             for held, row, columns in zip(found, scores, best, strict=True):
-                held.update(zip(self.overlay.rows[columns].tolist(), row[columns].tolist(), strict=True))
+                held.update(zip(
+                    self.overlay.rows[changed[columns]].tolist(), row[columns].tolist(), strict=True
+                ))
         return [sorted(held.items(), key=lambda item: (-item[1], item[0]))[:k] for held in found]
+
+
+def _selector(rows: Rows) -> Any:
+    """FAISS's selector of these ids."""
+    mask = np.zeros(int(rows[-1]) + 1 if len(rows) else 1, dtype=bool)
+    mask[rows] = True
+    bitmap: Any = np.packbits(mask, bitorder="little")
+    make: Any = faiss.IDSelectorBitmap  # its Python side takes the array whole
+    return make(bitmap)
 
 
 def _pairs(rows: Rows, scores: Vectors) -> list[dict[int, float]]:

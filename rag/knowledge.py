@@ -16,7 +16,7 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +43,7 @@ from rag.dense_index import (
 from rag.document import Chunk, Document, Heading, Page
 from rag.embedder import Embedder, Vectors
 from rag.errors import KnowledgeBaseError
+from rag.filter import EVERYTHING, Filter
 from rag.terms import passage_terms
 
 SCHEMA_VERSION = "1"
@@ -54,7 +55,7 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE files (
     path TEXT PRIMARY KEY, sha256 TEXT NOT NULL, size INTEGER NOT NULL, status TEXT NOT NULL,
     pages INTEGER NOT NULL, chunks INTEGER NOT NULL, characters INTEGER NOT NULL,
-    seconds REAL NOT NULL, pipeline TEXT NOT NULL, warnings TEXT NOT NULL, error TEXT
+    seconds REAL NOT NULL, pipeline TEXT NOT NULL, warnings TEXT NOT NULL, error TEXT, modified REAL
 );
 CREATE TABLE documents (
     path TEXT PRIMARY KEY REFERENCES files(path), text TEXT NOT NULL, media_type TEXT NOT NULL,
@@ -88,13 +89,15 @@ END;
         ("chunk_embedded_again", "UPDATE OF vector", "new"),
     )
 )
+# Bases made before files had a date get the column from their first writer, and the dates from the
+# next ingest; until then none is known.
+_ADD_DATES = "ALTER TABLE files ADD COLUMN modified REAL"
 _FACTS = "index"  # in meta: what the FAISS file holds, as JSON
 _KEPT_BY_ITSELF = (
     "schema", "generation", "embedder", "embedder_fingerprint", "dim", _FACTS,
     "index_generation", "index_digest",  # of older versions
 )
 _AT_ONCE = 500  # rows asked for in one statement
-_LAST = "\U0010ffff"  # sorts after every other character
 _READ_AT_ONCE = 20_000  # vectors in memory while an index is built
 # Entries of the full-text index that one search goes through; about 40 ms of one core. A question's
 # commonest terms, which say the least, are left to the comparison of the candidates.
@@ -106,7 +109,10 @@ _PENDING_SHARE = 0.01
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """What is known about one ingested file. `pipeline` names the loader and splitter that read it."""
+    """What is known about one ingested file.
+
+    `pipeline` names the loader and splitter that read it, as in "pdf/3 splitter/5 tokens/320".
+    """
 
     path: str
     sha256: str
@@ -119,6 +125,22 @@ class FileRecord:
     pipeline: str = ""
     warnings: tuple[str, ...] = ()
     error: str | None = None
+    modified: float | None = None  # when the file last was, in seconds since 1970; None where not known
+
+    @property
+    def kind(self) -> str:
+        """The loader that read it: "pdf", "docx", "md", "code"; "" where that isn't known."""
+        return self.pipeline.partition("/")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """What a filter chooses of one generation: files by path, and the rows of their chunks, ascending."""
+
+    generation: int
+    where: Filter
+    paths: tuple[str, ...]
+    rows: Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +180,7 @@ class KnowledgeBase:
         self._index_lock = threading.Lock()
         self._lock = filelock.FileLock(str(folder / "writer.lock"), timeout=0)
         self._writing = threading.Lock()
+        self._chosen: _Chosen | None = None  # of the filter that was asked last
 
     # opening
 
@@ -264,16 +287,25 @@ class KnowledgeBase:
             ) from error
         try:
             owner.write_text(str(os.getpid()))
-            self._keep_change_log()
+            self._bring_up_to_date()
             yield
         finally:
             owner.unlink(missing_ok=True)
             self._lock.release()
 
-    def _keep_change_log(self) -> None:
-        """A base made before there was a change log gets one; its FAISS file is then made anew."""
-        if (self.folder / DATABASE).is_file() and not self._has_change_log():
+    def _bring_up_to_date(self) -> None:
+        """Give a base of an earlier version what it lacks. Where that is the change log, its FAISS file is
+        then made anew."""
+        if not (self.folder / DATABASE).is_file():
+            return
+        if not self._has_change_log():
             self._connection.executescript(f"BEGIN IMMEDIATE; {_CHANGE_LOG} COMMIT;")
+        if not self._has_dates():
+            self._connection.execute(_ADD_DATES)
+
+    def _has_dates(self) -> bool:
+        query = "SELECT 1 FROM pragma_table_info('files') WHERE name = 'modified'"
+        return self._connection.execute(query).fetchone() is not None
 
     def _has_change_log(self) -> bool:
         query = "SELECT 1 FROM sqlite_master WHERE name = 'chunk_embedded_again'"
@@ -340,6 +372,22 @@ class KnowledgeBase:
         """Every file that was ingested or failed, by path, in path order."""
         rows = self._connection.execute("SELECT * FROM files ORDER BY path")
         return {row[0]: _file_record(row) for row in rows}
+
+    def matching(self, where: Filter) -> tuple[str, ...]:
+        """The paths of the files that `where` chooses; empty where it chooses none."""
+        with self.snapshot():
+            return self._choose(where).paths
+
+    def _choose(self, where: Filter) -> _Chosen:
+        """Worked out once for a filter and a generation. Call inside `snapshot`."""
+        generation, chosen = self.generation, self._chosen
+        if chosen is None or (chosen.generation, chosen.where) != (generation, where):
+            paths = where.choose(self.files())
+            query = "SELECT id FROM chunks WHERE path IN (SELECT value FROM json_each(?)) ORDER BY id"
+            found = self._connection.execute(query, (json.dumps(paths),)).fetchall()
+            rows = np.array(found, dtype=np.int64).reshape(-1)
+            self._chosen = chosen = _Chosen(generation, where, tuple(paths), rows)
+        return chosen
 
     def count_chunks(self) -> int:
         return int(self._connection.execute("SELECT count(*) FROM chunks").fetchone()[0])
@@ -481,6 +529,13 @@ class KnowledgeBase:
             connection.execute(
                 "INSERT INTO terms (rowid, place, body) VALUES (?, ?, ?)",
                 (row, " ".join(passage_terms(place)), " ".join(passage_terms(chunk.text))),
+            )
+
+    def set_modified(self, dates: Mapping[str, float]) -> None:
+        """Keep when each of these files was last modified, in seconds since 1970."""
+        with self._change() as connection:
+            connection.executemany(
+                "UPDATE files SET modified = ? WHERE path = ?", [(when, path) for path, when in dates.items()]
             )
 
     def put_failure(self, record: FileRecord) -> None:
@@ -676,37 +731,33 @@ class KnowledgeBase:
 
     # searching
 
-    def search_dense(self, vectors: Vectors, k: int, *, under: str = "") -> Found:
-        """For each question vector (n, dim) up to k (row, cosine), best first.
-
-        `under`: only of files whose path begins so. All of those are then compared.
-        """
+    def search_dense(self, vectors: Vectors, k: int, *, where: Filter = EVERYTHING) -> Found:
+        """For each question vector (n, dim) up to k (row, cosine) of the files in `where`, best first."""
         with self.snapshot():
-            if not under:
-                return self._current_view().search(vectors, k, self.vectors_of)
-            query = "SELECT id FROM chunks WHERE path >= ? AND path < ?"
-            rows = [row for (row,) in self._connection.execute(query, (under, under + _LAST))]
-            overlay = Overlay.empty(self.dim).with_changes(rows, self.vectors_of(rows))
-            return DenseView(0, None, None, overlay).search(vectors, k, self.vectors_of)
+            among = None if where.is_everything else self._choose(where).rows
+            return self._current_view().search(vectors, k, self.vectors_of, among=among)
 
     def search_terms(
-        self, terms: Sequence[str], k: int, *, place_weight: float = 1.0, under: str = ""
+        self, terms: Sequence[str], k: int, *, place_weight: float = 1.0, where: Filter = EVERYTHING
     ) -> list[tuple[int, float]]:
-        """Up to k (row, BM25), best first, of chunks that hold any of the terms.
+        """Up to k (row, BM25), best first, of chunks of the files in `where` that hold any of the terms.
 
-        `under`: only of files whose path begins so.
-
-        In a large base the commonest terms are left out, as far as it takes to keep this quick.
+        How rare a term is counts in the whole base. In a large one the commonest terms are left out,
+        as far as it takes to keep this quick.
         """
         if not terms:
             return []
         match = " OR ".join(f'"{term}"' for term in self._selective(terms))
-        scope = "AND rowid IN (SELECT id FROM chunks WHERE path >= ? AND path < ?)" if under else ""
-        rows = self._connection.execute(
-            f"SELECT rowid, bm25(terms, ?, 1.0) AS cost FROM terms WHERE terms MATCH ? {scope} "
-            "ORDER BY cost LIMIT ?",
-            (place_weight, match, *((under, under + _LAST) if under else ()), k),
-        )
+        scope, paths = "", tuple[str, ...]()
+        with self.snapshot():
+            if not where.is_everything:
+                scope = "AND rowid IN (SELECT id FROM chunks WHERE path IN (SELECT value FROM json_each(?)))"
+                paths = (json.dumps(self._choose(where).paths),)
+            rows = self._connection.execute(
+                f"SELECT rowid, bm25(terms, ?, 1.0) AS cost FROM terms WHERE terms MATCH ? {scope} "
+                "ORDER BY cost LIMIT ?",
+                (place_weight, match, *paths, k),
+            ).fetchall()
         return [(row[0], -row[1]) for row in rows]
 
     def _selective(self, terms: Sequence[str]) -> list[str]:
@@ -753,20 +804,22 @@ def _chunk(row: Sequence[Any]) -> Chunk:
 
 
 def _file_record(row: Sequence[Any]) -> FileRecord:
-    path, sha256, size, status, pages, chunks, characters, seconds, pipeline, warnings, error = row
+    path, sha256, size, status, pages, chunks, characters, seconds, pipeline, warnings, error, *rest = row
     return FileRecord(
         path=path, sha256=sha256, size=size, status=status, pages=pages, chunks=chunks,
         characters=characters, seconds=seconds, pipeline=pipeline,
         warnings=tuple(json.loads(warnings)), error=error,
+        modified=rest[0] if rest else None,  # a base that no writer of this version has opened yet
     )
 
 
 def _insert_record(connection: sqlite3.Connection, record: FileRecord) -> None:
     connection.execute(
-        "INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             record.path, record.sha256, record.size, record.status, record.pages, record.chunks,
             record.characters, record.seconds, record.pipeline, _dump(record.warnings), record.error,
+            record.modified,
         ),
     )
 

@@ -41,6 +41,7 @@ from rag.dense_index import Found, IndexFacts, Rows
 from rag.document import Chunk, Document, Heading, Page
 from rag.embedder import Embedder, Vectors
 from rag.errors import KnowledgeBaseError
+from rag.filter import EVERYTHING, Filter
 from rag.knowledge import FileRecord, StoredChunk, path_words, refuse_other_embedder
 from rag.terms import passage_terms
 
@@ -92,6 +93,16 @@ class _Stored:
     @property
     def rows(self) -> range:
         return range(self.first_row, self.first_row + self.record.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """What a filter chooses of one generation: files by path, and the condition on rows; None: no row."""
+
+    generation: int
+    where: Filter
+    paths: tuple[str, ...]
+    condition: str | None
 
 
 _File = tuple[FileRecord, Document, Sequence[Chunk], Vectors]
@@ -152,6 +163,7 @@ class MilvusStore:
         self._writer_key = f"{socket.gethostname()} pid {os.getpid()} {id(self)}"
         self._lease_until = 0.0
         self._num_chunks = (-1, 0)  # of which generation, how many
+        self._chosen: _Chosen | None = None  # of the filter that was asked last
         self._gathered: list[_File] | None = None  # files put inside `together`
         self._counted: Counter[int] = Counter()  # changes of term counts that aren't stored yet
 
@@ -470,25 +482,52 @@ class MilvusStore:
 
     # searching
 
-    def search_dense(self, vectors: Vectors, k: int, *, under: str = "") -> Found:
-        """For each question vector (n, dim) up to k (row, cosine), best first."""
+    def matching(self, where: Filter) -> tuple[str, ...]:
+        """The paths of the files that `where` chooses; empty where it chooses none."""
+        with self.snapshot():
+            return self._choose(where).paths
+
+    def _choose(self, where: Filter) -> _Chosen:
+        """Worked out once for a filter and a generation. Call inside `snapshot`."""
+        generation, chosen = self.generation, self._chosen
+        if chosen is None or (chosen.generation, chosen.where) != (generation, where):
+            stored = self._all_files()
+            paths = where.choose({path: one.record for path, one in stored.items()})
+            condition = _among([stored[path].rows for path in paths])
+            self._chosen = chosen = _Chosen(generation, where, tuple(paths), condition)
+        return chosen
+
+    def search_dense(self, vectors: Vectors, k: int, *, where: Filter = EVERYTHING) -> Found:
+        """For each question vector (n, dim) up to k (row, cosine) of the files in `where`, best first."""
+        with self.snapshot():
+            return self._search_dense(vectors, k, where)
+
+    def _search_dense(self, vectors: Vectors, k: int, where: Filter) -> Found:
         chunks = self._state().chunks_collection
-        if not chunks:
+        condition = "" if where.is_everything else self._choose(where).condition
+        if not chunks or condition is None:
             return [[] for _ in vectors]
         found = self._client.search(
             chunks, data=[vector.tolist() for vector in vectors], anns_field="dense", limit=k,
-            filter=_under("path", under),
+            filter=condition,
         )
         pairs = [[(int(hit["row"]), float(hit["distance"])) for hit in hits] for hits in found]
         return [sorted(some, key=lambda pair: (-pair[1], pair[0])) for some in pairs]
 
     def search_terms(
-        self, terms: Sequence[str], k: int, *, place_weight: float = 1.0, under: str = ""
+        self, terms: Sequence[str], k: int, *, place_weight: float = 1.0, where: Filter = EVERYTHING
     ) -> list[tuple[int, float]]:
-        """Up to k (row, BM25), best first, of chunks that hold any of the terms."""
+        """Up to k (row, BM25), best first, of chunks of the files in `where` that hold any of the terms."""
+        with self.snapshot():
+            return self._search_terms(terms, k, place_weight, where)
+
+    def _search_terms(
+        self, terms: Sequence[str], k: int, place_weight: float, where: Filter
+    ) -> list[tuple[int, float]]:
         chunks = self._state().chunks_collection
         total = self.count_chunks()
-        if not terms or not total:
+        condition = "" if where.is_everything else self._choose(where).condition
+        if not terms or not total or condition is None:
             return []
         weights = {
             term: max(1e-6, math.log((total - count + 0.5) / (count + 0.5)))
@@ -497,7 +536,7 @@ class MilvusStore:
         query = {_term_id(term): weight for term, weight in weights.items()}
         hits = self._client.search(
             chunks, data=[query], anns_field="sparse", limit=_CANDIDATES * k,
-            filter=_under("path", under), output_fields=_CHUNK_FIELDS,
+            filter=condition, output_fields=_CHUNK_FIELDS,
         )[0]
         average = self.average_terms()
         scored = []
@@ -640,6 +679,17 @@ class MilvusStore:
         if found:
             self._delete(self._state().chunks_collection, [row["row"] for row in found])
         self._delete_records(_part_keys(old))
+
+    def set_modified(self, dates: Mapping[str, float]) -> None:
+        """Keep when each of these files was last modified, in seconds since 1970."""
+        self._begin_change()
+        found = [_parse_stored(body) for body in self._get_records([f"file:{path}" for path in dates]).values()]
+        self._put_records({
+            f"file:{one.record.path}": _dump_stored(
+                replace(one, record=replace(one.record, modified=dates[one.record.path]))
+            )
+            for one in found
+        })
 
     def put_failure(self, record: FileRecord) -> None:
         """Record that a file could not be read; what it had before is removed."""
@@ -798,6 +848,19 @@ def _under(field: str, prefix: str) -> str:
     first = json.dumps(prefix, ensure_ascii=False)
     last = json.dumps(prefix + "\U0010ffff", ensure_ascii=False)
     return f"{field} >= {first} and {field} < {last}"
+
+
+def _among(rows: Sequence[range]) -> str | None:
+    """A filter for these rows; None where there are none. Files stored one after the other become one range."""
+    spans: list[list[int]] = []
+    for each in sorted(rows, key=lambda each: each.start):
+        if not len(each):
+            continue
+        if spans and spans[-1][1] == each.start:
+            spans[-1][1] = each.stop
+        else:
+            spans.append([each.start, each.stop])
+    return " or ".join(f"(row >= {start} and row < {stop})" for start, stop in spans) or None
 
 
 def _plain(key: str) -> str:

@@ -12,6 +12,7 @@ from rag.answer import Hit
 from rag.document import Document
 from rag.embedder import Embedder
 from rag.errors import InputError
+from rag.filter import EVERYTHING, Filter
 from rag.knowledge import StoredChunk
 from rag.language import Language, detect_language
 from rag.ranking import (
@@ -79,16 +80,16 @@ class Retriever:
         self._facts: _CollectionFacts | None = None
         self._documents: dict[tuple[int, str], Document] = {}  # (generation, path), read last
 
-    def retrieve(self, question: str, k: int) -> list[Hit]:
-        """Up to k passages, best first. Raises InputError for an empty question."""
-        return self.retrieve_batch([question], k)[0]
+    def retrieve(self, question: str, k: int, *, where: Filter = EVERYTHING) -> list[Hit]:
+        """Up to k passages, best first. Raises InputError for an empty question, or where no file is in `where`."""
+        return self.retrieve_batch([question], k, where=where)[0]
 
-    def retrieve_batch(self, questions: Sequence[str], k: int) -> list[list[Hit]]:
+    def retrieve_batch(self, questions: Sequence[str], k: int, *, where: Filter = EVERYTHING) -> list[list[Hit]]:
         """`retrieve` for each question, embedded and searched together."""
-        return [list(found.hits) for found in self.search_batch(questions, k)]
+        return [list(found.hits) for found in self.search_batch(questions, k, where=where)]
 
-    def search_batch(self, questions: Sequence[str], k: int) -> list[Retrieval]:
-        """Up to k hits for each question, with what speaks for them."""
+    def search_batch(self, questions: Sequence[str], k: int, *, where: Filter = EVERYTHING) -> list[Retrieval]:
+        """Up to k hits for each question of the files in `where`, with what speaks for them."""
         if k < 1:
             raise InputError(f"the number of passages must be at least 1, not {k}.")
         for number, question in enumerate(questions, 1):
@@ -98,9 +99,11 @@ class Retriever:
             return []
         vectors = self.embedder.embed_questions(questions)
         with self.base.snapshot():
-            found = self.base.search_dense(vectors, max(CANDIDATES, 3 * k))
+            if not where.is_everything and not self.base.matching(where):
+                raise where.nothing_matches(self.base.files())
+            found = self.base.search_dense(vectors, max(CANDIDATES, 3 * k), where=where)
             return [
-                self._retrieve_one(question, vector, dense, k)
+                self._retrieve_one(question, vector, dense, k, where)
                 for question, vector, dense in zip(questions, vectors, found, strict=True)
             ]
 
@@ -127,10 +130,10 @@ class Retriever:
         return self._facts
 
     def _retrieve_one(
-        self, question: str, vector: np.ndarray, dense: list[tuple[int, float]], k: int
+        self, question: str, vector: np.ndarray, dense: list[tuple[int, float]], k: int, where: Filter
     ) -> Retrieval:
         weighed = self.weigh(question)
-        stored, features = self._candidates(weighed, vector, dense, max(CANDIDATES, 3 * k))
+        stored, features = self._candidates(weighed, vector, dense, max(CANDIDATES, 3 * k), where)
         if not stored:
             return Retrieval(weighed, (), np.zeros(len(FEATURES)), np.zeros(len(FEATURES)))
         first = rank(features, weighed.language)
@@ -171,11 +174,12 @@ class Retriever:
         )
 
     def _candidates(
-        self, weighed: WeighedQuestion, vector: np.ndarray, dense: list[tuple[int, float]], count: int
+        self, weighed: WeighedQuestion, vector: np.ndarray, dense: list[tuple[int, float]], count: int,
+        where: Filter = EVERYTHING,
     ) -> tuple[list[StoredChunk], np.ndarray]:
         """Chunks that either search brought up, with their match features (n, FEATURES)."""
         cosines = dict(dense)
-        by_terms = dict(self.base.search_terms(weighed.terms, count))
+        by_terms = dict(self.base.search_terms(weighed.terms, count, where=where))
         missing = [row for row in by_terms if row not in cosines]
         for row, stored_vector in self.base.vectors_of(missing).items():
             cosines[row] = float(stored_vector @ vector)

@@ -53,9 +53,9 @@ def exact(source: ArraySource, questions: np.ndarray, k: int) -> list[list[int]]
     return [(np.argsort(-(source.vectors @ one), kind="stable")[:k] + 10).tolist() for one in questions]
 
 
-def search(built, source, questions, k, overlay=None):
+def search(built, source, questions, k, overlay=None, among=None):
     view = DenseView(1, built.facts, built, overlay or Overlay.empty(source.dim))
-    return view.search(questions, k, source.vectors_of)
+    return view.search(questions, k, source.vectors_of, among=among)
 
 
 def test_up_to_the_limit_search_is_exact():
@@ -129,6 +129,33 @@ def test_an_index_added_to_finds_what_a_new_one_finds(tmp_path, flat_limit):
     questions = np.concatenate([after[[5, 2299]], after[1930:2100]])
     found = [[row for row, _ in some] for some in search(updated, later, questions, 1)]
     assert found == exact(later, questions, 1)
+
+
+@pytest.mark.parametrize("few", [0, 100_000])  # rows that are compared exactly in place of their codes
+@pytest.mark.parametrize(("dim", "limit", "kind"), [(DIM, 3000, "flat"), (DIM, 0, "pq"), (DIM - 1, 0, "sq8")])
+@pytest.mark.parametrize("share", [3, 60, 2500])
+def test_among_some_rows_the_best_of_them_are_found(dim, limit, kind, few, share, monkeypatch):
+    """However few they are, and whatever has changed since the file was written."""
+    monkeypatch.setattr(dense_index, "_FEW", few)
+    source = ArraySource(unit_rows(3000, dim))
+    built = build_index(source, flat_limit=limit)
+    assert built.facts.kind == kind
+    among = np.sort(np.random.default_rng(2).choice(source.rows(), share, replace=False))
+    changed = [int(among[0]), 10, 11]  # the first has another vector now, the others may be gone
+    overlay = Overlay.empty(dim).with_changes(changed, {changed[0]: -source.vectors[changed[0] - 10]})
+    questions = unit_rows(20, dim, seed=1)
+    truth = source.vectors.copy()
+    truth[changed[0] - 10] *= -1
+    live = [row for row in among if row == changed[0] or row not in changed]
+    expected = [sorted(live, key=lambda row: -float(truth[row - 10] @ one))[:5] for one in questions]
+    found = search(built, source, questions, 5, overlay, among)
+    assert all(len(some) == min(5, len(live)) for some in found)
+    got = [[row for row, _ in some] for some in found]
+    if kind == "flat" or (kind == "pq" and few):
+        assert got == expected
+    else:  # codes: nearly all of them
+        assert sum(len(set(a) & set(b)) for a, b in zip(got, expected)) >= 0.95 * sum(map(len, expected))
+    assert search(built, source, questions, 5, overlay, np.zeros(0, np.int64)) == [[] for _ in questions]
 
 
 def test_an_index_is_made_anew_when_most_of_it_changed_or_it_outgrew_its_kind():

@@ -313,6 +313,27 @@ def test_a_folder_around_a_known_one_takes_it_over_without_embedding(tmp_path: P
     assert embedder.calls == 0
 
 
+def test_the_date_of_a_file_is_kept_and_follows_it(tmp_path: Path) -> None:
+    """A base of an earlier version gets the dates of files that haven't changed; nothing is read again."""
+    docs = tmp_path / "docs"
+    for name in ("a.txt", "b.txt"):
+        write(docs / name, f"text of {name}")
+        os.utime(docs / name, (0, 1_700_000_000))
+    sync_words(tmp_path, docs)
+    base = KnowledgeBase.open(tmp_path / "kb")
+    assert {record.modified for record in base.files().values()} == {1_700_000_000}
+    base._connection.execute("ALTER TABLE files DROP COLUMN modified")
+    os.utime(docs / "a.txt", (0, 1_600_000_000))
+    (docs / "b.txt").rename(docs / "c.txt")
+    report = sync_words(tmp_path, docs)
+    assert statuses(report) == {"a.txt": "unchanged", "c.txt": "moved"} and report.embedded == 0
+    dates = {path: record.modified for path, record in base.files().items()}
+    assert dates == {"a.txt": 1_600_000_000, "c.txt": 1_700_000_000}
+    generation = base.generation
+    sync_words(tmp_path, docs)
+    assert base.generation == generation  # nothing to write
+
+
 def test_base_and_folder_can_be_moved_together(tmp_path: Path) -> None:
     old = tmp_path / "old"
     write(old / "docs" / "a.txt", "one")

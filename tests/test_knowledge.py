@@ -8,7 +8,8 @@ import pytest
 from fakes import WordEmbedder
 
 from rag.document import Chunk, Document, Page
-from rag.errors import KnowledgeBaseError
+from rag.errors import InputError, KnowledgeBaseError
+from rag.filter import Filter
 from rag.knowledge import FileRecord, KnowledgeBase
 
 EMBEDDER = WordEmbedder()
@@ -156,6 +157,18 @@ def test_a_change_that_fails_half_way_leaves_everything_as_it_was(base):
         )
     assert base.count_chunks() == 3
     assert base.check() == []
+
+
+def test_a_base_from_before_dates_is_read_and_given_them_by_its_next_writer(base):
+    base._connection.execute("ALTER TABLE files DROP COLUMN modified")
+    base.close()
+    old = KnowledgeBase.open(base.folder)
+    assert old.files()["a.txt"].modified is None and old.matching(Filter(under="a.txt")) == ("a.txt",)
+    with pytest.raises(InputError, match="have no date yet"):
+        old.matching(Filter(until="2030-01-01"))
+    with old.writing():
+        old.set_modified(dict.fromkeys(old.files(), 1_700_000_000.0))
+    assert old.matching(Filter(until="2030-01-01")) == tuple(old.files())
 
 
 def test_pages_are_found_by_offset(base):

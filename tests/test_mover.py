@@ -61,6 +61,15 @@ def test_a_second_move_carries_only_the_changes(source, tmp_path):
     target.close()
 
 
+def test_new_dates_are_carried_over_without_the_files(source, tmp_path):
+    move(source, tmp_path)
+    change(source, lambda: source.set_modified({"a.txt": 1_700_000_000.0}))
+    assert (move(source, tmp_path).files, move(source, tmp_path).unchanged) == (0, 3)
+    target = open_store(settings_for("milvus", tmp_path))
+    assert target.files() == source.files()
+    target.close()
+
+
 def test_a_base_of_another_embedder_is_not_written_over(source, tmp_path):
     target = create_store(settings_for("milvus", tmp_path))
     other = WordEmbedder("other")

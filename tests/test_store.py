@@ -14,7 +14,8 @@ import pytest
 from fakes import WordEmbedder
 
 from rag.document import Chunk, Document, Heading, Page
-from rag.errors import KnowledgeBaseError, SettingsError
+from rag.errors import InputError, KnowledgeBaseError, SettingsError
+from rag.filter import EVERYTHING, Filter
 from rag.knowledge import FileRecord
 from rag.retriever import Retriever
 from rag.settings import Settings
@@ -72,14 +73,14 @@ def change(store: Store, action: Callable[[], object]) -> None:
         store.publish()
 
 
-def nearest(store: Store, text: str, k: int = 1, under: str = "") -> list[str]:
-    rows = [row for row, _ in store.search_dense(WORDS.embed_questions([text]), k, under=under)[0]]
+def nearest(store: Store, text: str, k: int = 1, where: Filter = EVERYTHING) -> list[str]:
+    rows = [row for row, _ in store.search_dense(WORDS.embed_questions([text]), k, where=where)[0]]
     stored = store.stored_chunks(rows)
     return [stored[row].chunk.text for row in rows]
 
 
-def by_terms(store: Store, *terms: str, k: int = 9, under: str = "") -> list[str]:
-    rows = [row for row, _ in store.search_terms(terms, k, under=under)]
+def by_terms(store: Store, *terms: str, k: int = 9, where: Filter = EVERYTHING) -> list[str]:
+    rows = [row for row, _ in store.search_terms(terms, k, where=where)]
     stored = store.stored_chunks(rows)
     return [stored[row].chunk.text for row in rows]
 
@@ -95,7 +96,7 @@ def test_files_come_back_in_the_order_of_their_paths(store):
 def test_a_files_record_comes_back_whole(store):
     record = FileRecord(
         "报告 \"q\" \\ 1%_.pdf", "abc", 123, "ok", pages=1, chunks=1, characters=5, seconds=0.25,
-        pipeline="pdf/1", warnings=("eins", "二"),
+        pipeline="pdf/1", warnings=("eins", "二"), modified=1_700_000_000.25,
     )
     document = Document(record.path, "short", "pdf", pages=(Page(1, 0, 5),))
     change(store, lambda: store.put_file(
@@ -253,11 +254,42 @@ def test_counts_follow_what_is_replaced_and_removed(store):
 def test_a_search_can_be_kept_to_a_folder(store):
     put(store, "法律/一\"50%_.txt", "apples are red too")
     put(store, "法律 旧/二.txt", "apples were red once")
-    assert nearest(store, "apples red", 9, under="法律/") == ["apples are red too"]
-    assert by_terms(store, "appl", under="法律/") == ["apples are red too"]
-    assert by_terms(store, "appl", under="法律/一\"50%_") == ["apples are red too"]
-    assert len(nearest(store, "apples red", 9, under="法律")) == 2
-    assert nearest(store, "apples red", 9, under="none/") == []
+    for where in (Filter(under="法律/"), Filter(under="法律"), Filter(file='*50%_*'), Filter(under='法律/一"50%_.txt')):
+        assert nearest(store, "apples red", 9, where) == ["apples are red too"]
+        assert by_terms(store, "appl", where=where) == ["apples are red too"]
+        assert store.matching(where) == ('法律/一"50%_.txt',)
+    assert len(nearest(store, "apples red", 9, Filter(under=["法律", "法律 旧"]))) == 2
+    nowhere = Filter(under="none/")
+    assert (nearest(store, "apples red", 9, nowhere), by_terms(store, "appl", where=nowhere)) == ([], [])
+    assert store.matching(nowhere) == ()
+
+
+def test_a_narrow_search_still_finds_as_many_as_are_asked_for(store):
+    """Forty nearer chunks elsewhere must not push out the two of the folder that is asked for."""
+    put(store, "far/one.txt", "apples in the shed", "nothing of that kind")
+    put(store, "near.txt", *[f"red apples {number}" for number in range(40)])
+    assert nearest(store, "red apples", 2, Filter(under="far")) == ["apples in the shed", "nothing of that kind"]
+    assert by_terms(store, "appl", k=1, where=Filter(under="far")) == ["apples in the shed"]
+
+
+def test_a_search_follows_what_is_moved_into_and_out_of_its_folder(store):
+    where = Filter(under="new")
+    assert nearest(store, "apples red", 9, where) == []
+    change(store, lambda: store.move_file("a.txt", "new/a.txt", store.files()["a.txt"]))
+    assert nearest(store, "apples red", 1, where) == ["apples are red"]
+    change(store, lambda: store.remove_file("new/a.txt"))
+    assert nearest(store, "apples red", 9, where) == []
+
+
+def test_a_search_can_be_kept_to_days(store):
+    noon = {"a.txt": 1_700_000_000.0, "b.txt": 1_720_000_000.0}  # 14 November 2023 and 3 July 2024, wherever
+    with pytest.raises(InputError, match="2 of 2 files .* no date .*python -m ingest"):
+        store.matching(Filter(since="2023-11-13"))
+    change(store, lambda: store.set_modified(noon))
+    assert {path: record.modified for path, record in store.files().items()} == noon
+    assert store.matching(Filter(since="2023-11-13", until="2023-11-16")) == ("a.txt",)
+    assert nearest(store, "apples red", 9, Filter(since="2024-07-01")) == ["cherries are dark"]
+    assert store.check() == []
 
 
 # changing it
