@@ -223,9 +223,15 @@ class _KindsAsked:
 
 
 @dataclass(frozen=True, slots=True)
-class _Fitted:
+class _Weights:
     sentence: npt.NDArray[np.float64]  # (FEATURES,)
     support: npt.NDArray[np.float64]  # (SUPPORT_FEATURES,)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    own: _Weights
+    across: _Weights  # where question and sentence are of different languages: no word is shared
     threshold: float
     doubt: float
 
@@ -233,37 +239,55 @@ class _Fitted:
 @lru_cache(maxsize=1)
 def _fitted() -> _Fitted:
     values = json.loads(_FITTED.read_text(encoding="utf-8"))
-    return _Fitted(
-        np.array([values["sentence"][name] for name in FEATURES]),
-        np.array([values["support"][name] for name in SUPPORT_FEATURES]),
-        float(values["threshold"]),
-        float(values["doubt"]),
+    own, across = (
+        _Weights(
+            np.array([part["sentence"][name] for name in FEATURES]),
+            np.array([part["support"][name] for name in SUPPORT_FEATURES]),
+        )
+        for part in (values, values["across"])
     )
+    return _Fitted(own, across, float(values["threshold"]), float(values["doubt"]))
 
 
 @dataclass(frozen=True, slots=True)
 class RankedEvidence:
-    """Sentences, the one that answers best first, and that one's features beside the usual ones."""
+    """Sentences, the one that answers best first, and that one's features beside the usual ones.
+
+    `across`: the best one is not in the question's language.
+    """
 
     sentences: tuple[Evidence, ...]
     best_features: npt.NDArray[np.float64]  # float64 (FEATURES,)
     absent: float  # as in SentenceFeatures
+    across: bool = False
 
 
 def rank_sentences(
     question: str, terms: Sequence[str], weights: Mapping[str, float], hits: Sequence[Hit]
-) -> RankedEvidence:
-    """The sentences of the hits by how well they answer the question."""
+) -> list[RankedEvidence]:
+    """The sentences of the hits by how well they answer the question.
+
+    Twice where the hits hold both languages: first with those in the question's language preferred,
+    then with the others; which to believe is for `support_probability` to say. Empty without hits.
+    """
     found = sentence_features(question, terms, weights, hits)
     sentences, features = found.sentences, found.rows
-    if not sentences:
-        return RankedEvidence((), np.zeros(len(FEATURES)), 0.0)
     language = detect_language(question)
-    own = np.array([detect_language(item.text) == language for item in sentences])
-    scores = features @ _fitted().sentence + _SAME_LANGUAGE * own
-    order = [int(at) for at in np.argsort(-scores, kind="stable")]
-    ranked = tuple(replace(sentences[at], score=float(scores[at])) for at in order)
-    return RankedEvidence(ranked, features[order[0]], found.absent)
+    own = np.array([detect_language(item.text) == language for item in sentences], dtype=bool)
+    ranked = []
+    for across, preferred in ((False, own), (True, ~own)):
+        if not preferred.any():
+            continue
+        fitted = _fitted().across if across else _fitted().own
+        scores = features @ fitted.sentence + _SAME_LANGUAGE * preferred
+        order = [int(at) for at in np.argsort(-scores, kind="stable")]
+        best = next(at for at in order if preferred[at])
+        order.remove(best)
+        ranked.append(RankedEvidence(
+            tuple(replace(sentences[at], score=float(scores[at])) for at in (best, *order)),
+            features[best], found.absent, across,
+        ))
+    return ranked
 
 
 _SAME_LANGUAGE = 1.0  # not fitted, as SAME_LANGUAGE of the ranking
@@ -338,7 +362,11 @@ def is_doubtful(support: float) -> bool:
     return support < _fitted().doubt
 
 
-def support_probability(features: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """Probability that the passages answer the question, and the fitted threshold to refuse below."""
-    score = float(features @ _fitted().support)
+def support_probability(features: npt.NDArray[np.float64], across: bool = False) -> tuple[float, float]:
+    """Probability that the passages answer the question, and the fitted threshold to refuse below.
+
+    `across` as in RankedEvidence.
+    """
+    fitted = _fitted().across if across else _fitted().own
+    score = float(features @ fitted.support)
     return 1.0 / (1.0 + math.exp(-max(-50.0, min(50.0, score)))), _fitted().threshold

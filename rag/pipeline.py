@@ -16,7 +16,7 @@ from rag.confidence import Calibration
 from rag.embedder import Embedder, load_embedder
 from rag.errors import InputError
 from rag.evidence import (
-    RankedEvidence,
+    Evidence,
     is_doubtful,
     quotations,
     rank_sentences,
@@ -46,7 +46,7 @@ class _Plan:
 
     question: str
     retrieval: Retrieval
-    evidence: RankedEvidence
+    sentences: tuple[Evidence, ...]
     support: float
     refuse: bool
     seconds_retrieval: float
@@ -212,19 +212,19 @@ class Rag:
     def _assess(self, question: str, retrieval: Retrieval, began: float) -> _Plan:
         """Find the sentences that answer, and whether anything does."""
         weighed = retrieval.weighed
-        evidence = rank_sentences(
-            weighed.text, weighed.terms, weighed.weights, retrieval.hits
-        )
+        sentences: tuple[Evidence, ...] = ()
         support, threshold = 0.0, 1.0
-        if evidence.sentences:
+        for evidence in rank_sentences(weighed.text, weighed.terms, weighed.weights, retrieval.hits):
             features = support_features(
                 weighed.terms, evidence=evidence, hit=retrieval.best_match, pool=retrieval.pool_match
             )
-            support, threshold = support_probability(features)
-            if self._own_threshold is not None:
-                threshold = self._own_threshold
+            found, threshold = support_probability(features, evidence.across)
+            if not sentences or found > support:
+                sentences, support = evidence.sentences, found
+        if sentences and self._own_threshold is not None:
+            threshold = self._own_threshold
         return _Plan(
-            question=question, retrieval=retrieval, evidence=evidence, support=support,
+            question=question, retrieval=retrieval, sentences=sentences, support=support,
             refuse=support < threshold, seconds_retrieval=time.perf_counter() - began, began=began,
         )
 
@@ -293,7 +293,7 @@ class Rag:
     def _quotation(self, plan: _Plan, stats: GenerationStats) -> Answer:
         """The best-supported sentence; where others are nearly as likely to answer, those too."""
         hits = plan.retrieval.hits
-        quotes = quotations(plan.evidence.sentences)
+        quotes = quotations(plan.sentences)
         citations = []
         lines = []
         for number, start, end in quotes:

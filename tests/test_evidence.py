@@ -45,7 +45,7 @@ def test_what_is_asked_for_is_seen_in_both_languages(question, kinds):
 def ranked(question, *passages):
     terms = question_terms(question)
     hits = [Hit(Chunk("a", text, 0, len(text)), 1.0) for text in passages]
-    return rank_sentences(question, terms, term_weights(terms, {}, 0), hits).sentences
+    return rank_sentences(question, terms, term_weights(terms, {}, 0), hits)[0].sentences
 
 
 def test_the_sentence_that_has_what_is_asked_for_wins():
