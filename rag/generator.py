@@ -601,10 +601,10 @@ def load_generator(settings: Settings) -> Generator:
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise GeneratorError(f"the tokenizer of {name} can't be loaded: {error}") from error
     if len(devices) == 1:
-        model = _load_model(folder, name, dtype).to(device)
+        model = load_model(folder, name, dtype).to(device)
     else:
         shares = memory_shares(free, plan.kv_tokens * plan.kv_bytes_per_token)
-        model = _load_model(folder, name, dtype, device_map="auto", max_memory=shares)
+        model = load_model(folder, name, dtype, device_map="auto", max_memory=shares)
         check_map(model.hf_device_map, name)
     if adapter is not None:
         merge_adapter(model, adapter)
@@ -750,7 +750,7 @@ def _load_config(folder: Path, name: str) -> Any:
         raise GeneratorError(f"the config of {name} can't be read: {error}") from error
 
 
-def _load_model(
+def load_model(
     folder: Path,
     name: str,
     dtype: Any,

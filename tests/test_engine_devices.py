@@ -19,7 +19,7 @@ from rag.engine.placement import (
     memory_shares,
 )
 from rag.errors import GeneratorError
-from rag.generator import _load_model, load_generator
+from rag.generator import load_model, load_generator
 from tests.test_engine import PROMPT, reference, run
 from tests.test_generator import QUESTION, settings
 from tests.tiny_models import make_model, make_random_model
@@ -45,7 +45,7 @@ def test_a_model_that_was_dispatched_part_by_part_gives_the_same(
     accelerate = pytest.importorskip("accelerate", reason="the extra multi-gpu is not installed")
     expected = reference(make_random_model(family), PROMPT, 12)
     folder = make_model(tmp_path / "model", family)
-    model = _load_model(folder, "model", torch.float32, device_map={"": "cpu"})
+    model = load_model(folder, "model", torch.float32, device_map={"": "cpu"})
     parts = {name: "cpu" for name, module in model.named_modules() if not list(module.children())}
     model = accelerate.dispatch_model(model, parts, force_hooks=True)
     engine = create_engine(model, context_length=256)

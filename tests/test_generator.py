@@ -302,7 +302,7 @@ def test_a_model_that_does_not_fit_is_refused_before_loading(
             bytes_per_token=147_456, needed_tokens=6400, device=torch.device("cpu"), free=8 * 2**30,
         )  # fmt: skip
     monkeypatch.setattr("rag.engine.placement.free_bytes", lambda device: 300 * 2**20)
-    monkeypatch.setattr(rag.generator, "_load_model", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(rag.generator, "load_model", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(GeneratorError, match="does not fit"):
         long = make_model(folder.parent / "long", "llama", max_position_embeddings=400_000)
         load_generator(settings(long, max_prompt_tokens=390_000))
