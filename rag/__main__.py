@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rag.errors import InputError, RagError
+from rag.filter import Filter
 from rag.question_file import parse_lines, read_questions
+from rag.sentences import one_line
 from rag.settings import Settings
 
 if TYPE_CHECKING:
@@ -110,9 +112,24 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="check settings, knowledge base and models; repair")
     doctor.set_defaults(run=_doctor)
 
+    for command in (ask, retrieve, batch):
+        _add_filter(command)
     for command in (ask, retrieve, batch, evaluate, questions, calibrate, serve, doctor):
         _add_settings(command)
     return parser
+
+
+def _add_filter(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("which files to ask (all without; an option given twice means either)")
+    group.add_argument("--under", action="append", default=[], metavar="DIR", help="in this folder of the base, or this file")
+    group.add_argument("--file", action="append", default=[], metavar="GLOB", help="whose name, or path, matches: 'lease*', 'contracts/*.pdf'")
+    group.add_argument("--type", action="append", default=[], metavar="TYPE", help="of this type: pdf, docx, md ...")
+    group.add_argument("--since", metavar="DAY", help="last modified on this day or later, as in 2024-01-31")
+    group.add_argument("--until", metavar="DAY", help="last modified on this day or earlier")
+
+
+def _where(options: argparse.Namespace) -> Filter:
+    return Filter(options.under, options.file, options.type, options.since, options.until)
 
 
 def _add_settings(command: argparse.ArgumentParser) -> None:
@@ -133,13 +150,14 @@ def _ask(options: argparse.Namespace, settings: Settings) -> int:
     from rag.answer import Answer
     from rag.pipeline import Rag
 
+    where = _where(options)
     rag = Rag.open(settings=settings)
     if options.json:
-        print(json.dumps(rag.ask(options.question).to_dict(), ensure_ascii=False))
+        print(json.dumps(rag.ask(options.question, where=where).to_dict(), ensure_ascii=False))
         return 0
     answer = None
     shown = ""
-    for piece in rag.stream(options.question):
+    for piece in rag.stream(options.question, where=where):
         if isinstance(piece, Answer):
             answer = piece
         else:
@@ -166,19 +184,20 @@ def _print_sources(answer: Answer) -> None:
         page = f", page {citation.page}" if citation.page is not None else ""
         place = f"  [{citation.marker}] {citation.path}{page}, characters {citation.start}-{citation.end}"
         # A quotation has just been shown; beside the model's own words the source's are needed.
-        print(place if answer.kind == "quoted" else f"{place}: {' '.join(citation.quote.split())}")
+        print(place if answer.kind == "quoted" else f"{place}: {one_line(citation.quote)}")
     if answer.refused and answer.hits:
         print("\nNearest passages")
         for hit in answer.hits:
             page = f", page {hit.page}" if hit.page is not None else ""
-            print(f"  {hit.chunk.path}{page}: {' '.join(hit.chunk.text.split())[:120]}")
+            print(f"  {hit.chunk.path}{page}: {one_line(hit.chunk.text)[:120]}")
     stats = answer.stats
     cost = f"retrieval {stats.seconds_retrieval * 1000:.0f} ms"
     if stats.generator:
+        about = "about " if stats.counts_estimated else ""
         cost += (
-            f"; {stats.generator} on {stats.device} ({stats.dtype}): {stats.prompt_tokens} prompt tokens "
+            f"; {stats.generator} on {stats.device} ({stats.dtype}): {about}{stats.prompt_tokens} prompt tokens "
             f"({stats.reused_tokens} reused), first token {stats.seconds_to_first_token:.2f} s, "
-            f"{stats.new_tokens} new at {stats.tokens_per_second:.0f} a second"
+            f"{about}{stats.new_tokens} new at {about}{stats.tokens_per_second:.0f} a second"
         )
     print(f"\n{cost}", file=sys.stderr)
 
@@ -186,14 +205,14 @@ def _print_sources(answer: Answer) -> None:
 def _retrieve(options: argparse.Namespace, settings: Settings) -> int:
     from rag.pipeline import Rag
 
-    rows = read_questions(options.source)
+    rows, where = read_questions(options.source), _where(options)
     rag = Rag.open(settings=settings)
     count = options.top_k or max(_RETRIEVED, settings.top_k)
     fresh = options.target.with_name(options.target.name + ".new")
     with _writable(fresh) as out:
         for begin in range(0, len(rows), 256):
             part = rows[begin : begin + 256]
-            found = rag.retriever.retrieve_batch([row["question"] for row in part], count)
+            found = rag.retriever.retrieve_batch([row["question"] for row in part], count, where=where)
             for row, hits in zip(part, found, strict=True):
                 line = {"id": row["id"], "hits": [hit.to_dict() for hit in hits]}
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -215,8 +234,10 @@ def _batch(options: argparse.Namespace, settings: Settings) -> int:
     from rag.batch import answer_file
     from rag.pipeline import Rag
 
-    rows = read_questions(options.source)
+    rows, where = read_questions(options.source), _where(options)
     rag = Rag.open(settings=settings)
+    if not where.is_everything and not rag.base.matching(where):
+        raise where.nothing_matches(rag.base.files())  # one error, not one for every question
     # Now, so that a model that can't be loaded is one error and not one for every question.
     rag.generator  # noqa: B018
     with tqdm(total=len(rows), unit="question", file=sys.stderr, disable=False) as bar:
@@ -228,7 +249,8 @@ def _batch(options: argparse.Namespace, settings: Settings) -> int:
             else:
                 bar.update(answered - bar.n)
 
-        counts = answer_file(rag, rows, options.target, retry_failed=options.retry_failed, progress=show)
+        counts = answer_file(rag, rows, options.target, where=where,
+                             retry_failed=options.retry_failed, progress=show)
     print(f"{counts.total} questions, {counts.before} of them answered before, {counts.failed} failed; "
           f"answers in {options.target}", file=sys.stderr)
     if counts.failed:

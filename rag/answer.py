@@ -72,6 +72,8 @@ class GenerationStats:
     model_bytes: int = 0
     cache_bytes: int = 0  # the most that the KV cache may hold
     cached_bytes: int = 0  # what it held when the answer was finished
+    # A generator elsewhere that doesn't count: its tokens were reckoned from the text.
+    counts_estimated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 
 from rag.errors import InputError, RagError
+from rag.filter import EVERYTHING, Filter
 
 if TYPE_CHECKING:
     from rag.pipeline import Rag
@@ -37,16 +38,16 @@ class BatchCounts:
 
 
 def answer_file(
-    rag: Rag, rows: Sequence[Row], target: Path, *, retry_failed: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    rag: Rag, rows: Sequence[Row], target: Path, *, where: Filter = EVERYTHING,
+    retry_failed: bool = False, progress: Callable[[int, int], None] | None = None,
 ) -> BatchCounts:
     """Answer what `target` doesn't answer yet. `progress(answered, total)` comes after each group.
 
-    A question that fails becomes a line with its `error`; it stays so unless `retry_failed`.
+    Answers from a part of the base say which in `where`, and are not mixed with others. A question that fails becomes a line with its `error`; it stays so unless `retry_failed`.
     Raises InputError where the file holds answers to other questions or another batch writes to it.
     """
     with _only_writer(target):
-        done = _read_answers(target, rows)
+        done = _read_answers(target, rows, where)
         kept = {key for key, line in done.items() if not (retry_failed and "error" in line)}
         waiting = [row for row in rows if _key(row) not in kept]
         before = len(rows) - len(waiting)
@@ -55,8 +56,8 @@ def answer_file(
         with target.open("a", encoding="utf-8") as out:
             for begin in range(0, len(waiting), GROUP):
                 group = waiting[begin : begin + GROUP]
-                for row, answer in zip(group, _answers(rag, group), strict=True):
-                    done[_key(row)] = line = {"id": row["id"], **answer}
+                for row, answer in zip(group, _answers(rag, group, where), strict=True):
+                    done[_key(row)] = line = {"id": row["id"], **answer, **_part(where)}
                     out.write(json.dumps(line, ensure_ascii=False) + "\n")
                 out.flush()
                 os.fsync(out.fileno())
@@ -70,16 +71,21 @@ def _key(row: Row) -> str:
     return json.dumps(row["id"], sort_keys=True)
 
 
-def _answers(rag: Rag, rows: Sequence[Row]) -> list[dict[str, Any]]:
+def _part(where: Filter) -> dict[str, Any]:
+    return {} if where.is_everything else {"where": where.to_dict()}
+
+
+def _answers(rag: Rag, rows: Sequence[Row], where: Filter) -> list[dict[str, Any]]:
     """An answer or an error for each question. A group that fails is halved until one is to blame."""
     try:
-        return [answer.to_dict() for answer in rag.batch([row["question"] for row in rows])]
+        answers = rag.batch([row["question"] for row in rows], where=where)
+        return [answer.to_dict() for answer in answers]
     except Exception as error:
         # Whatever it was, hours of other questions must not be lost to it. It stands in the
         # output, is counted, and makes the exit code 1.
         if len(rows) > 1:
             middle = len(rows) // 2
-            return _answers(rag, rows[:middle]) + _answers(rag, rows[middle:])
+            return _answers(rag, rows[:middle], where) + _answers(rag, rows[middle:], where)
         if not isinstance(error, RagError):  # a bug: its traceback is needed
             _log.exception("question %r failed", rows[0]["id"])
         said = str(error) if isinstance(error, RagError) else f"{type(error).__name__}: {error}"
@@ -105,7 +111,7 @@ def _only_writer(target: Path) -> Iterator[None]:
         lock.release()
 
 
-def _read_answers(target: Path, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+def _read_answers(target: Path, rows: Sequence[Row], where: Filter) -> dict[str, dict[str, Any]]:
     """The answers of an earlier run by id; the last line of an id counts. Drops a line that was cut off."""
     try:
         data = target.read_bytes() if target.exists() else b""
@@ -131,6 +137,11 @@ def _read_answers(target: Path, rows: Sequence[Row]) -> dict[str, dict[str, Any]
                 raise InputError(
                     f"{target} holds answers to other questions: line {number}, id {answer['id']!r}, is not "
                     "what the input asks under this id. Name another output file, or delete it."
+                )
+            if answer.get("where", {}) != where.to_dict():
+                raise InputError(
+                    f"{target} holds answers from {Filter.from_dict(answer.get('where', {})).describe()}, and now "
+                    f"{where.describe()} is asked for. Name another output file, or delete it."
                 )
             if number == len(lines):  # whole, but for its line break: answered again
                 break

@@ -139,57 +139,131 @@ def check_citations(
     A sentence that no passage supports is kept and reported; where `strict`, it is taken out and
     reported.
     """
-    spans = _passage_spans(hits)
+    checker = _Checker(hits, page_at)
     pieces: list[str] = []
     citations: dict[tuple[int, int, int], Citation] = {}
     unsupported: list[str] = []
-    for sentence, separator, cited in _cited_sentences(text):
-        if not sentence:
-            pieces.append(separator)
-            continue
-        claimed = [number for number in cited if 1 <= number <= len(hits)]
-        match = _best_match(sentence, spans, claimed)
-        if match is None:
-            claims = _claims_something(sentence)
-            if claims:
-                unsupported.append(sentence)
-            if not (strict and claims):
-                pieces.append(sentence + separator)
-            continue
-        citation = _citation(match.span, hits, page_at)
-        citations.setdefault((citation.marker, citation.start, citation.end), citation)
-        pieces.append(_with_marker(sentence, match.span.hit_number) + separator)
+    for sentence in _cited_sentences(text):
+        checked = checker.check(sentence)
+        if checked.is_unsupported:
+            unsupported.append(sentence.text)
+        if not (strict and checked.is_unsupported):
+            pieces.append(checked.text)
+        if citation := checked.citation:
+            citations.setdefault((citation.marker, citation.start, citation.end), citation)
     return CheckedText(unlinked("".join(pieces).strip()), tuple(citations.values()), tuple(unsupported))
 
 
-def _cited_sentences(text: str) -> list[tuple[str, str, list[int]]]:
-    """(sentence without markers, blank space behind it, numbers cited), in order.
+@dataclass(frozen=True, slots=True)
+class _CitedSentence:
+    """`blank` is what stands behind it, `cited` the numbers of its markers, `end` where it and its blank
+    space end in the text with markers. A blank beginning is a sentence without `text`."""
+
+    text: str
+    blank: str
+    cited: tuple[int, ...]
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class _CheckedSentence:
+    """`text` has its marker set right, and the blank space behind it."""
+
+    text: str
+    citation: Citation | None = None
+    is_unsupported: bool = False
+
+
+class _Checker:
+    """Compares sentences of an answer, one by one, with the passages."""
+
+    def __init__(self, hits: Sequence[Hit], page_at: Callable[[str, int], int | None]) -> None:
+        self._hits = hits
+        self._page_at = page_at
+        self._spans = _passage_spans(hits)
+
+    def check(self, sentence: _CitedSentence) -> _CheckedSentence:
+        if not sentence.text:
+            return _CheckedSentence(sentence.blank)
+        claimed = [number for number in sentence.cited if 1 <= number <= len(self._hits)]
+        match = _best_match(sentence.text, self._spans, claimed)
+        if match is None:
+            return _CheckedSentence(
+                sentence.text + sentence.blank, is_unsupported=_claims_something(sentence.text)
+            )
+        marked = _with_marker(sentence.text, match.span.hit_number)
+        return _CheckedSentence(marked + sentence.blank, _citation(match.span, self._hits, self._page_at))
+
+
+class StrictStream:
+    """A stream of text in which each sentence comes once it has been checked, as it will stand in the answer.
+
+    A sentence that nothing supports never shows. One is whole when the next has begun: "3." may go on
+    as "3.5", and a marker may follow. What is left at the end is for the checked answer to add.
+    """
+
+    def __init__(self, hits: Sequence[Hit], *, page_at: Callable[[str, int], int | None]) -> None:
+        self._checker = _Checker(hits, page_at)
+        self._waiting = ""  # written and not checked yet
+        self._kept = ""  # checked and supported, or without anything to support
+        self._is_begun = self._is_cited = self._is_refusal = False
+        self.shown = ""
+
+    def push(self, piece: str) -> str:
+        """What can be shown now: whole sentences, nothing until one of them is supported."""
+        self._waiting += piece
+        begun = _BEGUN.search(self._waiting)
+        assert begun is not None, "the pattern matches the empty end too"
+        whole = _cited_sentences(self._waiting[: begun.start()])[:-1]
+        if not whole:
+            return ""
+        if not self._is_begun and any(sentence.text for sentence in whole):
+            self._is_begun = True
+            self._is_refusal = is_refusal(self._waiting)  # a text that begins with its words is one
+        for sentence in whole:
+            checked = self._checker.check(sentence)
+            if not checked.is_unsupported:
+                self._kept += checked.text
+            self._is_cited = self._is_cited or checked.citation is not None
+        self._waiting = self._waiting[whole[-1].end :]
+        if self._is_refusal or not self._is_cited:
+            return ""
+        before, self.shown = self.shown, unlinked(self._kept.strip())
+        return self.shown[len(before) :]
+
+
+def _cited_sentences(text: str) -> list[_CitedSentence]:
+    """The sentences without their markers, in order.
 
     A marker counts for the sentence it stands in or directly behind, even behind its full stop.
     """
-    marks = [(match.start(), match.end(), match.group(1)) for match in MARKER.finditer(text)]
     bare: list[str] = []
-    positions: list[tuple[int, list[int]]] = []  # (offset in the bare text, numbers)
+    marks: list[tuple[int, int, list[int]]] = []  # (offset in the bare text, length, numbers)
     last = length = 0
-    for start, end, numbers in marks:
-        bare.append(text[last:start])
-        length += start - last
-        positions.append((length, [int(number) for number in re.findall(r"\d+", numbers)]))
-        last = end
+    for match in MARKER.finditer(text):
+        bare.append(text[last : match.start()])
+        length += match.start() - last
+        numbers = [int(number) for number in re.findall(r"\d+", match.group(1))]
+        marks.append((length, len(match.group()), numbers))
+        last = match.end()
     bare.append(text[last:])
     plain = "".join(bare)
-    result: list[tuple[str, str, list[int]]] = []
+
+    def end_in_text(offset: int) -> int:
+        return offset + sum(size for at, size, _ in marks if at <= offset)
+
+    result: list[_CitedSentence] = []
     spans = sentence_spans(plain)
     if spans and spans[0][0] > 0:
-        result.append(("", plain[: spans[0][0]], []))
+        result.append(_CitedSentence("", plain[: spans[0][0]], (), end_in_text(spans[0][0])))
     for at, (start, end) in enumerate(spans):
         following = spans[at + 1][0] if at + 1 < len(spans) else len(plain)
-        cited = [
-            number for offset, numbers in positions for number in numbers
+        cited = tuple(
+            number for offset, _, numbers in marks for number in numbers
             if (start < offset <= end) or (end < offset < following)
             or (at + 1 == len(spans) and offset >= end)
-        ]
-        result.append((plain[start:end], plain[end:following], cited))
+        )
+        result.append(_CitedSentence(plain[start:end], plain[end:following], cited, end_in_text(following)))
     return result
 
 

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rag.answer import Answer, Citation, GenerationStats, Hit
-from rag.citations import MarkerStream, check_citations, is_refusal, strip_markers, unlinked
+from rag.citations import (
+    MarkerStream,
+    StrictStream,
+    check_citations,
+    is_refusal,
+    strip_markers,
+    unlinked,
+)
 from rag.confidence import Calibration
 from rag.embedder import Embedder, load_embedder
 from rag.errors import InputError
@@ -23,6 +30,7 @@ from rag.evidence import (
     support_features,
     support_probability,
 )
+from rag.filter import EVERYTHING, Filter
 from rag.followup import search_question
 from rag.language import REFUSAL
 from rag.prompt import Prompt, build_prompt
@@ -104,9 +112,12 @@ class Rag:
             self._generator = generator
             self._calibration = calibration
 
-    def retrieve(self, question: str, k: int | None = None) -> list[Hit]:
-        """Up to k passages, best first (settings' top_k without k)."""
-        return self.retriever.retrieve(question, k or self.settings.top_k)
+    def retrieve(self, question: str, k: int | None = None, *, where: Filter = EVERYTHING) -> list[Hit]:
+        """Up to k passages, best first (settings' top_k without k), of the files in `where`.
+
+        Raises InputError where there are none.
+        """
+        return self.retriever.retrieve(question, k or self.settings.top_k, where=where)
 
     def support(self, question: str, retrieval: Retrieval | None = None) -> float:
         """Probability that the passages found answer the question; nothing is generated."""
@@ -116,9 +127,13 @@ class Rag:
         """What the model reads for a question, also where the pipeline would refuse it first."""
         return self._prompt(self._plan(question, (), None), ())
 
-    def ask(self, question: str, *, history: History = ()) -> Answer:
-        """Answer one question. `history` holds earlier (question, answer) pairs, oldest first."""
-        stream = self.stream(question, history=history)
+    def ask(self, question: str, *, history: History = (), where: Filter = EVERYTHING) -> Answer:
+        """Answer one question from the files in `where`.
+
+        `history` holds earlier (question, answer) pairs, oldest first. Raises InputError where no file
+        is in `where`.
+        """
+        stream = self.stream(question, history=history, where=where)
         while True:
             try:
                 next(stream)
@@ -127,17 +142,19 @@ class Rag:
                 return answer
 
     def stream(
-        self, question: str, *, history: History = (), retrieval: Retrieval | None = None,
-        stop: Stop | None = None,
+        self, question: str, *, history: History = (), where: Filter = EVERYTHING,
+        retrieval: Retrieval | None = None, stop: Stop | None = None,
     ) -> PyGenerator[str | Answer, None, Answer]:
         """Yield pieces of text as they are written, and last the Answer (also the return value).
 
         The Answer's text is the one that counts: markers that don't hold have been set right in it.
-        Where a model's confidence decides whether its words are shown at all, they come in one piece.
+        Where citations are strict, a sentence comes once it has been checked, and the pieces together
+        are that text. Where a model's confidence decides whether its words are shown at all, they come
+        in one piece. `retrieval` is what was searched already, in place of a search in `where`.
         `stop`, set in another thread, ends the model's work at once; the Answer is then made of
         what it had written.
         """
-        plan = self._plan(question, history, retrieval)
+        plan = self._plan(question, history, retrieval, where)
         if plan.refuse:
             answer = self._refusal(plan)
             yield answer.text
@@ -149,7 +166,8 @@ class Rag:
             stop=stop,
         )
         held_back = self._calibration is not None
-        pieces: list[str] = []
+        is_strict = self.settings.citations == "strict"
+        strict = StrictStream(prompt.hits, page_at=self._page_at) if is_strict else None
         markers = MarkerStream(len(prompt.hits))
         while True:
             try:
@@ -157,29 +175,30 @@ class Rag:
             except StopIteration as end:
                 result: GenerationResult = end.value
                 break
-            pieces.append(piece)
-            if not held_back and (shown := markers.push(piece)):
+            if not held_back and (shown := (strict or markers).push(piece)):
                 yield shown
-        if not held_back and (shown := markers.finish()):
+        if not held_back and strict is None and (shown := markers.finish()):
             yield shown
         answer = replace(
             self._compose(plan, prompt, result), prompt=self.generator.prompt_text(prompt)
         )
         if held_back:
             yield answer.text
+        elif strict is not None and (shown := answer.text.removeprefix(strict.shown)):
+            yield shown
         yield answer
         return answer
 
-    def batch(self, questions: Sequence[str]) -> list[Answer]:
-        """Answers in the order of the questions, searched and generated together."""
+    def batch(self, questions: Sequence[str], *, where: Filter = EVERYTHING) -> list[Answer]:
+        """Answers in the order of the questions, searched and generated together, from the files in `where`."""
         answers: list[Answer] = []
         for begin in range(0, len(questions), _BATCH):
-            answers += self._batch(questions[begin : begin + _BATCH])
+            answers += self._batch(questions[begin : begin + _BATCH], where)
         return answers
 
-    def _batch(self, questions: Sequence[str]) -> list[Answer]:
+    def _batch(self, questions: Sequence[str], where: Filter) -> list[Answer]:
         began = time.perf_counter()
-        found = self.retriever.search_batch(questions, self.settings.top_k)
+        found = self.retriever.search_batch(questions, self.settings.top_k, where=where)
         share = (time.perf_counter() - began) / max(1, len(questions))
         plans = [
             replace(self._assess(question, retrieval, began), seconds_retrieval=share)
@@ -200,13 +219,15 @@ class Rag:
 
     # before the model writes
 
-    def _plan(self, question: str, history: History, retrieval: Retrieval | None) -> _Plan:
+    def _plan(
+        self, question: str, history: History, retrieval: Retrieval | None, where: Filter = EVERYTHING
+    ) -> _Plan:
         if not question.strip():
             raise InputError("the question is empty.")
         began = time.perf_counter()
         if retrieval is None:
             searched = search_question(question, history)
-            retrieval = self.retriever.search_batch([searched], self.settings.top_k)[0]
+            retrieval = self.retriever.search_batch([searched], self.settings.top_k, where=where)[0]
         return self._assess(question, retrieval, began)
 
     def _assess(self, question: str, retrieval: Retrieval, began: float) -> _Plan:
@@ -317,7 +338,7 @@ class Rag:
             seconds_total=time.perf_counter() - plan.began, device=generator.device,
             dtype=generator.dtype, generator=generator.name, finish_reason=result.finish_reason,
             model_bytes=generator.model_bytes, cache_bytes=generator.cache_bytes,
-            cached_bytes=generator.cached_bytes,
+            cached_bytes=generator.cached_bytes, counts_estimated=result.counts_estimated,
         )
 
     def _page_at(self, path: str, offset: int) -> int | None:

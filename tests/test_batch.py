@@ -12,6 +12,7 @@ import pytest
 from rag.answer import Answer
 from rag.batch import GROUP, answer_file
 from rag.errors import GeneratorError, InputError
+from rag.filter import Filter
 from rag.question_file import read_questions
 
 
@@ -24,7 +25,7 @@ class Echo:
         self.asked = []
         self.answered = []
 
-    def batch(self, questions):
+    def batch(self, questions, *, where):
         self.asked.append(list(questions))
         if self.fails.intersection(questions):
             raise self.error
@@ -99,14 +100,23 @@ def test_failed_questions_stay_failed_until_they_are_asked_again(tmp_path):
     assert [(line["id"], "error" in line) for line in lines(out)] == [("q0", False), ("q1", False), ("q2", False)]
 
 
+def test_answers_from_a_part_of_the_base_are_not_mixed_with_others(tmp_path):
+    where = Filter(under="contracts", type="pdf")
+    answer_file(Echo(), rows(2), tmp_path / "out", where=where)
+    assert [line["where"] for line in lines(tmp_path / "out")] == [{"under": ["contracts"], "type": ["pdf"]}] * 2
+    assert answer_file(Echo(), rows(3), tmp_path / "out", where=where).before == 2
+    with pytest.raises(InputError, match="answers from under contracts, of type pdf, and now any file is asked for"):
+        answer_file(Echo(), rows(3), tmp_path / "out")
+
+
 def test_two_batches_do_not_write_to_one_file(tmp_path):
     out = tmp_path / "out"
 
     class Nosy(Echo):
-        def batch(self, questions):
+        def batch(self, questions, *, where):
             with pytest.raises(InputError, match="another batch is writing"):
                 answer_file(Echo(), rows(2), out)
-            return super().batch(questions)
+            return super().batch(questions, where=where)
 
     answer_file(Nosy(), rows(2), out)
     assert len(lines(out)) == 2 and not (tmp_path / "out.lock").exists()
@@ -129,7 +139,7 @@ from pathlib import Path
 from rag.answer import Answer
 from rag.batch import answer_file
 class Slow:
-    def batch(self, questions):
+    def batch(self, questions, *, where):
         with open(sys.argv[2], "a") as log:
             log.writelines(question + "\\n" for question in questions)
         time.sleep(0.15)

@@ -3,7 +3,14 @@ import re
 import pytest
 
 from rag.answer import Hit
-from rag.citations import MarkerStream, _numbers, check_citations, is_refusal, strip_markers
+from rag.citations import (
+    MarkerStream,
+    StrictStream,
+    _numbers,
+    check_citations,
+    is_refusal,
+    strip_markers,
+)
 from rag.document import Chunk
 from rag.language import REFUSAL
 
@@ -129,3 +136,40 @@ def test_a_marker_in_a_stream_comes_whole_or_not_at_all(text):
 
 def test_a_marker_of_no_passage_never_shows_in_a_stream():
     assert "".join(streamed(list("Cats [9] sleep [0] here [2]."))) == "Cats sleep here [2]."
+
+
+def strictly(text, size):
+    stream = StrictStream(HITS, page_at=lambda path, offset: None)
+    pieces = [stream.push(text[at : at + size]) for at in range(0, len(text), size)]
+    assert "".join(pieces) == stream.shown
+    return pieces
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Sure! The lease began on 3 May 2021 [1]. Elephants never forget their keepers [1].\n押金为三个月租金。",
+        "The monthly rent is 1,250 euros [9][2]. Elephants never forget. The deposit is three months of rent. Fine.",
+        "押金为三个月租金。【3】大象从不忘记饲养员。合同于2021年5月3日生效【3】。退房时不退还利息。",
+        "  [1] The rent is 1,250 euros. [see](http://evil.test). The lease began on 3 May 2021. It costs 3.5 million.",
+        "Elephants never forget their keepers. Bananas grow in Ecuador.",
+        "Sure! Fine! OK.",
+        REFUSAL["en"] + " The monthly rent is 1,250 euros. The lease began on 3 May 2021.",
+        "The lease began on 3 May 2021. " + REFUSAL["zh"] + "押金为三个月租金。",
+    ],
+)
+def test_a_strict_stream_shows_only_what_the_answer_keeps(text, size):
+    checked = check(text, strict=True)
+    answer = "" if is_refusal(text) or not checked.citations else checked.text
+    shown = "".join(strictly(text, size))
+    assert answer.startswith(shown)
+    assert "Elephants" not in shown and "大象" not in shown
+
+
+def test_a_strict_stream_shows_a_sentence_as_soon_as_the_next_has_begun():
+    pieces = strictly("The lease began on 3 May 2021. It costs 3.5 million. The deposit is three months of rent. A", 1)
+    shown = [piece for piece in pieces if piece]
+    assert shown == ["The lease began on 3 May 2021 [1].", " The deposit is three months of rent [2]."]
+    first = next(at for at, piece in enumerate(pieces) if piece)
+    assert first == len("The lease began on 3 May 2021. I") - 1

@@ -81,6 +81,23 @@ def test_ask_json_is_one_object_with_everything_the_contract_names(base, model):
     assert set(stats) >= {"reused_tokens", "seconds_to_first_token", "tokens_per_second"}
 
 
+def test_a_question_can_be_kept_to_files_by_folder_name_type_and_day(base, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", {"id": 1, "question": "How much is the rent?"})
+    target = tmp_path / "out.jsonl"
+    everything = ["lease.md", "pets.md", "sub/合同.md"]
+    for options, expected in (
+        (["--under", "sub"], everything[2:]), (["--file", "pets*", "--file", "合*"], everything[1:]),
+        (["--type", "md", "--since", "2020-01-01"], everything),
+    ):
+        run("rag", "retrieve", source, target, "--kb", base, *options)
+        assert sorted(hit["path"] for hit in read_lines(target)[0]["hits"]) == expected, options
+    for command in (["ask", "How much?"], ["retrieve", source, target], ["batch", source, target]):
+        done = run("rag", *command, "--kb", base, "--under", "sub", "--type", "pdf", code=1)
+        assert "none of the 3 files in this knowledge base is under sub, of type pdf." in done.stderr
+        assert "types md (3)" in done.stderr
+    assert "since is 'May'" in run("rag", "ask", "x", "--kb", base, "--since", "May", code=1).stderr
+
+
 def test_ask_refuses_before_a_model_is_loaded(base):
     done = run("rag", "ask", "Who won the football world cup in Brazil?", "--kb", base, "--json",
                RAG_GENERATOR="/no/such/model")

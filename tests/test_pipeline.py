@@ -1,5 +1,7 @@
 """Question to answer, with a scripted model in place of a big one and the real embedder."""
 
+from dataclasses import replace
+
 import pytest
 from fakes import ScriptedGenerator, base_of
 
@@ -8,6 +10,7 @@ from rag.confidence import Calibration
 from rag.document import Chunk, Document, Page
 from rag.embedder import load_embedder
 from rag.errors import InputError, KnowledgeBaseError
+from rag.filter import Filter
 from rag.knowledge import FileRecord, KnowledgeBase
 from rag.language import REFUSAL
 
@@ -168,3 +171,40 @@ def test_strict_shows_only_what_is_supported_and_refuses_where_nothing_is(folder
     assert answer.text == "The monthly rent is 1,250 euros [1]."
     assert answer.unsupported == ("Elephants never forget their keepers.",)
     assert rag.ask("How much is the monthly rent of the flat?").refused
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "The monthly rent is 1,250 euros. Elephants never forget their keepers. The deposit amounts to three months of rent.",
+        "Elephants never forget their keepers [1].",
+        "Sure! Elephants never forget their keepers.",
+        REFUSAL["en"] + " The monthly rent is 1,250 euros.",
+    ],
+)
+def test_a_strict_stream_is_the_finished_answer_and_shows_nothing_else(folder, written):
+    rag = Rag.open(settings=Settings(kb=str(folder), citations="strict"))
+    rag.use_generator(ScriptedGenerator(written))
+    *pieces, answer = rag.stream("How much is the monthly rent of the flat?")
+    assert "".join(pieces) == answer.text and "Elephants" not in answer.text
+    if written.startswith("The monthly"):
+        assert pieces[0] == "The monthly rent is 1,250 euros [1]."  # long before the end
+
+
+def test_a_question_can_be_kept_to_a_part_of_the_base(folder):
+    question = "How much is the monthly rent of the flat?"
+    elsewhere = Filter(file=["boiler.txt", "pets.txt"])
+    rag, generator = rag_with(folder, "The monthly rent is 1,250 euros.", "Dogs need consent.")
+    assert {hit.chunk.path for hit in rag.retrieve(question, 9, where=elsewhere)} == {"boiler.txt", "pets.txt"}
+    assert rag.ask(question, where=Filter(under="lease.txt")).citations[0].path == "lease.txt"
+    for answer in (rag.ask(question, where=elsewhere), rag.batch([question], where=elsewhere)[0]):
+        assert answer.refused and "lease.txt" not in {hit.chunk.path for hit in answer.hits}
+    with pytest.raises(InputError, match=r"none of the 4 files .* under nowhere\. There is: folders \(no folder\) \(4\); types txt \(4\)"):
+        rag.ask(question, where=Filter(under="nowhere"))
+
+
+def test_an_answer_says_where_its_tokens_were_only_estimated(folder):
+    rag, generator = rag_with(folder, "The monthly rent is 1,250 euros.")
+    result = generator._result
+    generator._result = lambda *given: replace(result(*given), counts_estimated=True)
+    assert rag.ask("How much is the monthly rent of the flat?").to_dict()["stats"]["counts_estimated"] is True

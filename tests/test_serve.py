@@ -98,6 +98,21 @@ def test_answers_are_what_ask_json_prints(start):
     assert events[-1]["answer"] == told["answer"]
 
 
+def test_answers_can_be_kept_to_a_part_of_the_base(start):
+    server = start(EndlessGenerator())
+
+    def answer(**where):
+        return httpx2.post(f"{server.url}/v1/answers", json={"question": QUESTION, "where": where})
+
+    assert answer(under="boiler.txt", type=["txt", "pdf"]).json()["answer"] == f"{WRITTEN[:-1]} [1]."
+    for where, said in (
+        ({"under": "nowhere"}, "none of the 1 files"), ({"since": "2024-01-01"}, "no date yet"),
+        ({"folder": "x"}, "where.folder"), ({"since": "May"}, "where.since"),
+    ):
+        reply = answer(**where)
+        assert reply.status_code == 400 and said in reply.json()["error"]["message"], where
+
+
 def test_earlier_turns_are_history_and_the_model_by_itself_reads_messages_as_they_are(start):
     generator = EndlessGenerator()
     client = start(generator).client()

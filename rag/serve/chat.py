@@ -9,11 +9,13 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
+from datetime import date
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from rag.errors import InputError
+from rag.filter import Filter
 from rag.prompt import Message
 
 DOCUMENTS = "documents"  # the model that answers from the knowledge base
@@ -117,6 +119,21 @@ class Turn(BaseModel):
     answer: str
 
 
+class Where(BaseModel):
+    """Which files are asked: any value of each condition, and every condition, as in rag.filter.Filter."""
+
+    model_config = ConfigDict(extra="forbid")
+    under: str | list[str] = Field(default_factory=list)
+    file: str | list[str] = Field(default_factory=list)
+    type: str | list[str] = Field(default_factory=list)
+    since: date | None = None
+    until: date | None = None
+
+    def chosen(self) -> Filter:
+        """Raises InputError for an empty text, or where no day lies between."""
+        return Filter(self.under, self.file, self.type, self.since, self.until)
+
+
 class AnswerRequest(BaseModel):
     """`POST /v1/answers`. `history` holds earlier turns, oldest first."""
 
@@ -124,6 +141,7 @@ class AnswerRequest(BaseModel):
     question: str
     history: list[Turn] = Field(default_factory=list)
     top_k: int | None = Field(None, ge=1, le=50)
+    where: Where = Field(default_factory=Where)
     stream: bool = False
 
 

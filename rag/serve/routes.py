@@ -92,9 +92,9 @@ class Service:
 
     async def answer(self, asked: AnswerRequest, request: Request) -> Response:
         history = [(turn.question, turn.answer) for turn in asked.history]
-        rag = _with(self.rag, top_k=asked.top_k)
+        rag, where = _with(self.rag, top_k=asked.top_k), asked.where.chosen()
         pieces = await self._begin(
-            lambda stop: rag.stream(asked.question, history=history, stop=stop), request
+            lambda stop: rag.stream(asked.question, history=history, where=where, stop=stop), request
         )
         if asked.stream:
             return Events(self._guarded(self._answer_events(pieces)))
