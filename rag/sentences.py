@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from rag.terms import HAN, passage_terms
 
 # A full stop ends a sentence where blank space and no lower-case letter follows, so that "3.5",
-# "e.g. this" and "v2.1" stay whole. Chinese marks and line breaks always end one.
+# "e.g. this" and "v2.1" stay whole. Chinese marks end one, and line breaks that are not mere wrapping.
 _END = re.compile(
     r"[。！？；](?:[”’」』）)\"']*)|[!?](?:[\"')\]]*)(?=\s|$)|(?<![A-Z])(?<!\b[Nn]o)(?<!\b(?:Mr|Dr|St|vs|cf))"
     r"(?<!\bMrs)(?<!\b[Ff]ig)\.(?:[\"')\]]*)(?=\s+[A-Z0-9\"'“‘(\[]|\s*$)|\n+"
@@ -23,11 +23,29 @@ def one_line(text: str) -> str:
     return " ".join(_BREAK_IN_CHINESE.sub("", text).split())
 
 
+_LONGEST_JOINED = 120  # characters, up to which clauses parted by a Chinese semicolon stay together
+# Columns between which text is wrapped to a width; a Han character takes two.
+_NARROWEST, _WIDEST = 40, 130
+_PARAGRAPH = re.compile(r"[^\n]+(?:\n[^\n]*\S[^\n]*)+")
+_WIDE_CHARACTER = re.compile(r"[\u1100-\u115f\u2e80-\uffe6]")
+_LINE_OF_ITS_OWN = re.compile(
+    r"\s*(?:[-*+•·|>#=~`]|\(?\d{1,3}[.)、]|[（(][一二三四五六七八九十\d]+[)）]|第[一二三四五六七八九十百千零\d]+[编章节条])"
+)
+_LINE_ENDS = re.compile(r"[。！？；：.!?:;|][\"'”’」』)）\]]*\s*$")
+_FIRST_WORD = re.compile(r"\s*([\u2e80-\uffe6]|[^\s\u2e80-\uffe6]+)")
+
+
 def sentence_spans(text: str) -> list[tuple[int, int]]:
-    """[start, end) of each sentence, without surrounding blanks. Every letter is in one of them."""
-    spans = []
+    """[start, end) of each sentence, without surrounding blanks. Every letter is in one of them.
+
+    Lines that were wrapped to a width are one, and so are short clauses around a Chinese semicolon.
+    """
+    wrapped = _wrapping_breaks(text) if "\n" in text else frozenset()
+    spans: list[tuple[int, int]] = []
     begin = 0
     for match in [*_END.finditer(text), None]:
+        if match and match.start() in wrapped:
+            continue
         end = match.end() if match else len(text)
         piece = text[begin:end]
         stripped = piece.strip()
@@ -35,7 +53,44 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
             start = begin + len(piece) - len(piece.lstrip())
             spans.append((start, start + len(stripped)))
         begin = end
-    return spans
+    if "；" not in text:
+        return spans
+    joined: list[tuple[int, int]] = []
+    for start, end in spans:
+        last = joined[-1] if joined else None
+        if last and text[last[1] - 1] == "；" and "\n" not in text[last[1] : start] and end - last[0] <= _LONGEST_JOINED:
+            joined[-1] = (last[0], end)
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def _wrapping_breaks(text: str) -> frozenset[int]:
+    """Offsets of the line breaks that only keep lines short.
+
+    A program that fills lines breaks one where the next word would not fit: so a break is kept for
+    wrapping if the line and the next one's first word are wider together than the paragraph's widest
+    line, that width is one that texts are wrapped to, and neither line looks like one of its own (a
+    list item, a heading, a table's row, a sentence's end).
+    """
+    found = []
+    for paragraph in _PARAGRAPH.finditer(text):
+        lines = paragraph[0].split("\n")
+        widths = [len(line) + len(_WIDE_CHARACTER.findall(line)) for line in lines]
+        widest = max(widths)
+        at = paragraph.start()
+        for line, width, following in zip(lines, widths, lines[1:], strict=False):
+            at += len(line) + 1
+            if not _NARROWEST <= widest <= _WIDEST or _LINE_ENDS.search(line) or _LINE_OF_ITS_OWN.match(following):
+                continue
+            word = _FIRST_WORD.match(following)
+            if word is None or line[:1] in "|#" or line[:1].isdigit() and following[:1].isdigit():
+                continue
+            wide = word[1] >= "\u2e80"
+            # A mark that may not begin a line leaves one or two characters' room behind it.
+            if wide and width + 4 >= widest or not wide and " " in line and width + 1 + len(word[1]) > widest:
+                found.append(at - 1)
+    return frozenset(found)
 
 
 def best_sentence_start(text: str, weights: Mapping[str, float]) -> int:

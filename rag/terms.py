@@ -59,9 +59,17 @@ def normalise(text: str) -> str:
     return _POSSESSIVE.sub("", simplify(unicodedata.normalize("NFKC", text).lower()))
 
 
+_BREAK_IN_HAN = re.compile(rf"(?<=[{HAN}])[ \t]*\n[ \t]*(?=[{HAN}])")
+
+
 def passage_terms(text: str) -> list[str]:
-    """Every term of a passage, in order, repeated as often as it stands there."""
+    """Every term of a passage, in order, repeated as often as it stands there.
+
+    A line break between Han characters parts no word.
+    """
     terms: list[str] = []
+    if "\n" in text:
+        text = _BREAK_IN_HAN.sub("", text)
     for run in _RUN.findall(normalise(text)):
         if run.isascii() or not _HAN_START.match(run):
             terms.append(_stem(run))

@@ -15,7 +15,7 @@ def split(text):
 
 
 def test_sentences_end_at_the_marks_of_both_languages():
-    assert split("甲方付款。乙方交货！是吗？好；行") == ["甲方付款。", "乙方交货！", "是吗？", "好；", "行"]
+    assert split("甲方付款。乙方交货！是吗？好；行") == ["甲方付款。", "乙方交货！", "是吗？", "好；行"]
     assert split("It is 3.5 m. Really? Yes.") == ["It is 3.5 m.", "Really?", "Yes."]
 
 
@@ -26,6 +26,48 @@ def test_a_point_inside_a_number_version_or_abbreviation_ends_nothing():
 
 def test_a_line_is_a_sentence():
     assert split("| a | b |\n| 1 | 2 |\n\n- item") == ["| a | b |", "| 1 | 2 |", "- item"]
+
+
+WRAPPED = (
+    "The tenant pays the rent of 900 euros at the beginning of\n"
+    "every month. Pets are allowed if they are small and if the\n"
+    "neighbours have agreed."
+)
+CHINESE_WRAPPED = (
+    "承租人应当在每月的第一天之前支付九百元的租金，出租\n人收到之后应当在三天之内确认。只要同层的邻居事先书\n面同意，可以饲养宠物。"
+)
+
+
+def test_a_line_that_was_wrapped_goes_on_in_the_next_one():
+    assert split(WRAPPED) == [
+        "The tenant pays the rent of 900 euros at the beginning of\nevery month.",
+        "Pets are allowed if they are small and if the\nneighbours have agreed.",
+    ]
+    assert split(CHINESE_WRAPPED) == [
+        "承租人应当在每月的第一天之前支付九百元的租金，出租\n人收到之后应当在三天之内确认。",
+        "只要同层的邻居事先书\n面同意，可以饲养宠物。",
+    ]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        # the next word would have fitted: this line was ended on purpose
+        ["Lines end in the middle of words", "The document was typeset in columns with hyphenation and more"],
+        ["The following documents have to be handed in this week", "- the signed contract and its annexes in two copies"],
+        ["| a table with quite a number of columns | and a row |", "| another row of the very same table here | and more |"],
+        ["2026-11-21 12:00:01 INFO the server has been started", "2026-11-21 12:00:02 INFO the first client is connected"],
+        ["春风又绿江南岸", "明月何时照我还"],
+    ],
+)
+def test_a_line_that_was_ended_on_purpose_is_a_sentence(lines):
+    assert split("\n".join(lines)) == lines
+
+
+def test_clauses_around_a_chinese_semicolon_stay_together_while_they_are_short():
+    assert split("甲方付款；乙方交货。") == ["甲方付款；乙方交货。"]
+    long = "甲" * 70 + "；"
+    assert split(long + long + "乙方交货。") == [long, long + "乙方交货。"]
 
 
 def test_the_best_sentence_is_the_one_with_most_weight():
