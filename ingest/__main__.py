@@ -88,6 +88,8 @@ def _make_parser() -> argparse.ArgumentParser:
         help=f"bundled, a folder, or a Hugging Face name (default: {settings.embedder})")
     add("--chunk-tokens", type=int, metavar="N",
         help=f"largest chunk, in the embedder's tokens (default: {settings.chunk_tokens})")
+    add("--scheduler", metavar="ADDRESS",
+        help="parse and embed on the workers of a Dask scheduler, tcp://host:8786 (default: on this machine)")
     add("--timeout", type=float, default=limits.seconds, metavar="SECONDS",
         help=f"longest time to parse one file (default: {limits.seconds:g})")
     add("--max-memory-mb", type=int, default=limits.memory_mb, metavar="MB",
@@ -117,6 +119,7 @@ def _run(options: argparse.Namespace, settings: Settings) -> int:
                 options.paths, settings=settings, limits=limits, progress=bar.show,
                 include=options.include, exclude=options.exclude,
                 reembed=options.reembed, prune=options.prune, dry_run=options.dry_run,
+                scheduler=options.scheduler,
             )
         print(report.describe(max_changes=None if options.verbose else 40))
         if options.json:

@@ -2,7 +2,8 @@
 
 Small text files are read in this process while they are few: their loaders run no foreign code, and
 starting a worker takes longer. Many of them go to the workers by the dozen. Results come in the
-order of the files, and only so many are held at a time.
+order of the files, and only so many are held at a time. The workers are processes of this machine,
+or those of a cluster (ingest/cluster.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ingest.loaders import find_loader
 from ingest.scan import SourceFile
@@ -75,18 +76,35 @@ class ParsedFile:
     vectors: Vectors | None = None
 
 
+class Workers(Protocol):
+    """Where files are parsed. `ask` may be called from `num_at_once` threads.
+
+    `takes_all`: small text files too, however few they are.
+    """
+
+    num_at_once: int
+    takes_all: bool
+
+    def ask(
+        self, sources: Sequence[SourceFile], splitting: Splitting | None
+    ) -> list[dict[str, Any]] | str:
+        """An answer for each file (as ingest/worker.py writes it), or why there are none."""
+        ...
+
+    def stop(self) -> None:
+        """End what runs; `ask` is not called again."""
+        ...
+
+
 class ParserPool:
     """Use as a context manager: leaving it ends the workers."""
 
     def __init__(
-        self, limits: Limits, *, splitting: Splitting | None = None, num_workers: int | None = None
+        self, limits: Limits, *, splitting: Splitting | None = None, workers: Workers | None = None
     ) -> None:
         self._limits = limits
         self._splitting = splitting
-        self._num_workers = num_workers or os.cpu_count() or 1
-        self._workers: list[_Worker] = []
-        self._idle: deque[_Worker] = deque()
-        self._lock = threading.Lock()
+        self._workers = workers or ProcessWorkers(limits)
 
     def __enter__(self) -> ParserPool:
         return self
@@ -95,15 +113,15 @@ class ParserPool:
         self, kind: type[BaseException] | None, error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with self._lock:
-            for worker in self._workers:
-                worker.stop()
+        self._workers.stop()
 
     def parse(self, sources: Sequence[SourceFile]) -> Iterator[ParsedFile]:
         """Parse the files. Results come in the files' order."""
-        jobs = _make_jobs(sources, self._splitting is not None)
+        takes_all = self._workers.takes_all
+        jobs = _make_jobs(sources, by_dozen=takes_all or self._splitting is not None, takes_all=takes_all)
         to_workers = sum(not job.is_here for job in jobs)
-        num_threads = max(1, min(self._num_workers, -(-to_workers // _FILES_A_WORKER)))
+        num_needed = to_workers if takes_all else -(-to_workers // _FILES_A_WORKER)
+        num_threads = max(1, min(self._workers.num_at_once, num_needed))
         window = 4 * num_threads
         waiting: deque[tuple[_Job, Future[list[ParsedFile]] | None]] = deque()
         with ThreadPoolExecutor(max_workers=num_threads) as threads:
@@ -123,9 +141,7 @@ class ParserPool:
                     if future is not None:
                         future.cancel()
                 if waiting:
-                    with self._lock:
-                        for worker in self._workers:
-                            worker.stop()
+                    self._workers.stop()
 
     def _parse_in_worker(self, job: _Job) -> list[ParsedFile]:
         (first, *others) = job.sources
@@ -136,17 +152,7 @@ class ParserPool:
             )
             return [ParsedFile(first, None, reason, 0.0)]
         began = time.perf_counter()
-        with self._lock:
-            worker = self._idle.popleft() if self._idle else None
-            if worker is None:
-                worker = _Worker(self._limits)
-                self._workers.append(worker)
-        answers = worker.ask(job.sources, self._splitting)
-        with self._lock:
-            if worker.is_alive:
-                self._idle.append(worker)
-            else:
-                self._workers.remove(worker)
+        answers = self._workers.ask(job.sources, self._splitting)
         if isinstance(answers, str):
             if others:  # one of them is to blame: each by itself, so that it alone fails
                 return [
@@ -167,11 +173,16 @@ class _Job:
     is_here: bool  # in this process
 
 
-def _make_jobs(sources: Sequence[SourceFile], by_dozen: bool) -> list[_Job]:
-    """The files in their order; small text files together where they are many and `by_dozen`."""
+def _make_jobs(
+    sources: Sequence[SourceFile], *, by_dozen: bool, takes_all: bool
+) -> list[_Job]:
+    """The files in their order; small text files together where they are many and `by_dozen`.
+
+    With `takes_all` none are left to this process.
+    """
     light = [_is_light(source) for source in sources]
     are_many = sum(s.size for s, is_light in zip(sources, light) if is_light) >= _MANY_LIGHT_BYTES
-    if not (by_dozen and are_many):
+    if not (takes_all or by_dozen and are_many):
         return [_Job((source,), is_light) for source, is_light in zip(sources, light)]
     jobs: list[_Job] = []
     batch: list[SourceFile] = []
@@ -221,6 +232,55 @@ def _read_answer(source: SourceFile, answer: dict[str, Any]) -> ParsedFile:
     return ParsedFile(source, document, None, seconds, chunks, vectors)
 
 
+class ProcessWorkers:
+    """Worker processes on this machine, started as they are needed."""
+
+    takes_all = False
+
+    def __init__(self, limits: Limits, *, num_at_once: int | None = None) -> None:
+        self.num_at_once = num_at_once or os.cpu_count() or 1
+        self._limits = limits
+        self._workers: list[_Worker] = []
+        self._idle: deque[_Worker] = deque()
+        self._lock = threading.Lock()
+
+    def ask(
+        self, sources: Sequence[SourceFile], splitting: Splitting | None
+    ) -> list[dict[str, Any]] | str:
+        files = [(str(source.file), source.path) for source in sources]
+        return self.ask_for(files, splitting)
+
+    def ask_for(
+        self, files: Sequence[tuple[str, str]], splitting: Splitting | None
+    ) -> list[dict[str, Any]] | str:
+        """`ask` for files on this machine, each with its path in the base."""
+        with self._lock:
+            worker = self._idle.popleft() if self._idle else None
+            if worker is None:
+                worker = _Worker(self._limits)
+                self._workers.append(worker)
+        answers = worker.ask(files, splitting)
+        with self._lock:
+            if worker.is_alive:
+                self._idle.append(worker)
+            else:
+                self._workers.remove(worker)
+        return answers
+
+    def stop(self) -> None:
+        with self._lock:
+            for worker in self._workers:
+                worker.stop()
+
+    def stop_idle(self) -> None:
+        """End those that nothing runs in; further ones start as they are needed."""
+        with self._lock:
+            for worker in self._idle:
+                worker.stop()
+                self._workers.remove(worker)
+            self._idle.clear()
+
+
 class _Worker:
     """One worker process, asked by one thread at a time."""
 
@@ -240,7 +300,7 @@ class _Worker:
         return self._process.poll() is None
 
     def ask(
-        self, sources: Sequence[SourceFile], splitting: Splitting | None
+        self, files: Sequence[tuple[str, str]], splitting: Splitting | None
     ) -> list[dict[str, Any]] | str:
         """Parse files: an answer each, or why there are none.
 
@@ -248,7 +308,7 @@ class _Worker:
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         request = {
-            "files": [(str(source.file), source.path) for source in sources],
+            "files": files,
             "splitting": None if splitting is None else asdict(splitting),
             "seconds": self._limits.seconds,
         }

@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ingest.loaders import find_loader
 from ingest.ocr import can_be_read_now
-from ingest.parsers import Limits, ParsedFile, ParserPool, Splitting
+from ingest.parsers import Limits, ParsedFile, ParserPool, Splitting, Workers
 from ingest.report import FileResult, Status, SyncReport, find_twins
 from ingest.roots import META_KEY, Root, RootTable, Scope
 from ingest.scan import ScanResult, SourceFile, hash_files, scan
@@ -30,6 +31,9 @@ from rag.errors import EmbedderError, InputError, KnowledgeBaseError
 from rag.knowledge import FileRecord
 from rag.settings import Settings
 from rag.store import Store, create_store, find_store
+
+if TYPE_CHECKING:
+    from ingest.cluster import Cluster
 
 _BATCH_CHUNKS = 512  # embedded together, of as many files as it takes
 _BATCH_CHARACTERS = 4_000_000  # held in memory before they are stored
@@ -59,12 +63,15 @@ def sync(
     progress: ProgressCallback = _ignore, limits: Limits | None = None,
     include: Sequence[str] = (), exclude: Sequence[str] = (),
     reembed: bool = False, prune: bool = False, dry_run: bool = False,
+    scheduler: str | None = None,
 ) -> SyncReport:
     """Make the base in folder `kb` hold what `paths` hold now, and say what was done.
 
     Only what lies in `paths` can be deleted from the base, and with `prune` what came from folders
-    that are gone. `embedder` is used instead of the one that the settings name. Raises InputError for a path that doesn't exist, KnowledgeBaseError
-    where another process writes or the base belongs to another embedder.
+    that are gone. `embedder` is used instead of the one that the settings name. With `scheduler`, the
+    address of a Dask scheduler, files are parsed, split and embedded by its workers. Raises InputError
+    for a path that doesn't exist, KnowledgeBaseError where another process writes or the base belongs
+    to another embedder, ClusterError where the workers are not there or run another program.
     """
     if settings is None:
         settings = Settings.load(kb=None if kb is None else str(kb))
@@ -73,6 +80,7 @@ def sync(
     run = _Run(
         settings, [Path(path) for path in paths], embedder=embedder, progress=progress,
         limits=limits or Limits(), include=tuple(include), exclude=tuple(exclude), prune=prune,
+        scheduler=scheduler,
     )
     return run.preview() if dry_run else run.apply(reembed=reembed)
 
@@ -107,7 +115,7 @@ class _Run:
     def __init__(
         self, settings: Settings, paths: list[Path], *, embedder: Embedder | None,
         progress: ProgressCallback, limits: Limits, include: tuple[str, ...],
-        exclude: tuple[str, ...], prune: bool,
+        exclude: tuple[str, ...], prune: bool, scheduler: str | None,
     ) -> None:
         self._settings = settings
         self._paths = paths
@@ -118,6 +126,8 @@ class _Run:
         self._include = include
         self._exclude = exclude
         self._prune = prune
+        self._scheduler = scheduler
+        self._cluster: Cluster | None = None
         self._began = time.perf_counter()
         self._results: dict[str, FileResult] = {}
         self._notes: list[str] = []
@@ -141,6 +151,19 @@ class _Run:
         return self._report(sum(record.chunks for record in known.values()), is_dry_run=True)
 
     def apply(self, *, reembed: bool) -> SyncReport:
+        if self._scheduler is None:
+            return self._apply_to_base(reembed=reembed)
+        if reembed:
+            raise InputError("--reembed reads no files and works in this process only. Leave --scheduler out.")
+        if not self._is_named:
+            raise InputError("a scheduler's workers find the embedder by its name; give it in the settings.")
+        from ingest.cluster import Cluster
+
+        # First of all, so that nothing is written where the workers are not as they should be.
+        with Cluster(self._scheduler, self._settings) as self._cluster:
+            return self._apply_to_base(reembed=False)
+
+    def _apply_to_base(self, *, reembed: bool) -> SyncReport:
         base = create_store(self._settings)
         try:
             return self._apply(base, reembed=reembed)
@@ -274,7 +297,12 @@ class _Run:
             if task.is_text_known:
                 document = base.document(task.source.path)
                 yield task, ParsedFile(task.source, document, None, 0.0)
-        with ParserPool(self._limits, splitting=self._splitting) as pool:
+        workers: Workers | None = None
+        if self._cluster is not None:
+            workers = self._cluster.workers(
+                self._limits, chunk_tokens=self._chunk_budget, is_static=isinstance(self._embedder, StaticEmbedder)
+            )
+        with ParserPool(self._limits, splitting=self._splitting, workers=workers) as pool:
             for parsed in pool.parse([task.source for task in by_path.values()]):
                 yield by_path[parsed.source.path], parsed
 

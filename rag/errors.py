@@ -7,6 +7,7 @@ RagError
 ├── GeneratorError         the language model can't be loaded or used
 ├── PromptError            the question does not fit the model's context
 ├── LoadError              a file can't be read as a document
+├── ClusterError           the machines that should ingest are not there, or run another program
 └── InputError             what a command or a call was given is not of the right form
 """
 
@@ -36,6 +37,10 @@ class PromptError(RagError):
 
 
 class LoadError(RagError):
+    pass
+
+
+class ClusterError(RagError):
     pass
 
 
