@@ -72,7 +72,7 @@ class Rag:
         self.base = base
         self.embedder = embedder
         self.settings = settings
-        self.retriever = Retriever(base, embedder)
+        self.retriever = Retriever(base, embedder, without=settings.retrieval_without)
         self._generator: Generator | None = None
         self._calibration: Calibration | None = None
         self._loading = threading.Lock()

@@ -34,6 +34,11 @@ FEATURES = (
     "dense_of_best",  # dense between the least (0) and the best (1) of the candidates, because the
     # cosines of different embedders have different ranges
 )
+# Which of them either search brings.
+FEATURES_OF = {
+    step: [at for at, name in enumerate(FEATURES) if name.startswith("dense") is (step == "dense")]
+    for step in ("dense", "terms")
+}
 WINDOW = 30
 CLOSE_FEATURES = (
     "score",  # what the first stage gave
@@ -179,8 +184,10 @@ def close_features(
 
 
 def rank_closely(
-    question: str, scores: npt.NDArray[np.float64], texts: Sequence[str], language: Language
+    question: str, scores: npt.NDArray[np.float64], texts: Sequence[str], language: Language,
+    *, prefer_language: bool = True,
 ) -> npt.NDArray[np.float64]:
     """Second-stage scores (passages,) for the passages that the first stage put in front."""
     same = np.array([detect_language(text) == language for text in texts])
-    return close_features(question, scores, texts) @ _fitted()[language].close + SAME_LANGUAGE * same
+    preference = SAME_LANGUAGE * same if prefer_language else 0.0
+    return close_features(question, scores, texts) @ _fitted()[language].close + preference

@@ -17,12 +17,14 @@ from rag.knowledge import StoredChunk
 from rag.language import Language, detect_language
 from rag.ranking import (
     FEATURES,
+    FEATURES_OF,
     Candidate,
     count_close,
     match_features,
     rank,
     rank_closely,
 )
+from rag.retrieval_steps import kept_steps
 from rag.sentences import best_sentence_start
 from rag.soft_match import bundled_table
 from rag.store import Store
@@ -71,7 +73,9 @@ class _CollectionFacts:
 class Retriever:
     """Searches one knowledge base with the embedder it was built with."""
 
-    def __init__(self, base: Store, embedder: Embedder) -> None:
+    def __init__(self, base: Store, embedder: Embedder, *, without: str = "") -> None:
+        """`without` names steps of `rag.retrieval_steps` to leave out, separated by commas."""
+        self.steps = kept_steps(without)
         base.check_embedder(embedder)
         background()  # read now, so that the first question is as quick as the rest
         bundled_table()
@@ -136,18 +140,7 @@ class Retriever:
         stored, features = self._candidates(weighed, vector, dense, max(CANDIDATES, 3 * k), where)
         if not stored:
             return Retrieval(weighed, (), np.zeros(len(FEATURES)), np.zeros(len(FEATURES)))
-        first = rank(features, weighed.language)
-        by_first = sorted(range(len(stored)), key=lambda at: (-first[at], stored[at].row))
-        count = max(k + 4, count_close([stored[at].chunk.text for at in by_first]))
-        front, rest = by_first[:count], by_first[count:]
-        close = rank_closely(
-            question, first[front], [stored[at].chunk.text for at in front], weighed.language
-        )
-        scores = dict(zip(front, close.tolist(), strict=True))
-        order = sorted(front, key=lambda at: (-scores[at], stored[at].row)) + rest
-        # Where so many are joined that places are left: the others, behind all that was compared closely.
-        lowest = scores[order[len(front) - 1]]
-        scores |= {at: lowest + float(first[at] - first[front[-1]]) for at in rest}
+        order, scores = self._ranked(weighed, stored, features, k)
         hits: list[Hit] = []
         kept: list[StoredChunk] = []
         kept_rows: list[int] = []
@@ -155,7 +148,7 @@ class Retriever:
             if len(hits) == k:
                 break
             candidate = stored[at]
-            if any(_says_the_same(candidate, other) for other in kept):
+            if "distinct" in self.steps and any(_says_the_same(candidate, other) for other in kept):
                 continue
             hit = self._with_page(Hit(
                 chunk=candidate.chunk, score=scores[at],
@@ -163,7 +156,8 @@ class Retriever:
             ), weighed)
             kept.append(candidate)
             kept_rows.append(at)
-            neighbour = next((n for n, other in enumerate(hits) if _can_join(other, hit)), None)
+            joins = "join" in self.steps
+            neighbour = next((n for n, other in enumerate(hits) if joins and _can_join(other, hit)), None)
             if neighbour is None:
                 hits.append(hit)
             else:
@@ -173,13 +167,38 @@ class Retriever:
             best_match=features[kept_rows].max(axis=0), pool_match=np.median(features, axis=0),
         )
 
+    def _ranked(
+        self, weighed: WeighedQuestion, stored: list[StoredChunk], features: np.ndarray, k: int
+    ) -> tuple[list[int], dict[int, float]]:
+        """The candidates' places, best first, and the score of each."""
+        if "fitted" in self.steps:
+            first = rank(features, weighed.language)
+        else:
+            first = 2 * features[:, 0] / max(features[:, 0].max(), 1e-6) + features[:, 1]
+        by_first = sorted(range(len(stored)), key=lambda at: (-first[at], stored[at].row))
+        if "close" not in self.steps:
+            return by_first, dict(enumerate(first.tolist()))
+        count = max(k + 4, count_close([stored[at].chunk.text for at in by_first]))
+        front, rest = by_first[:count], by_first[count:]
+        close = rank_closely(
+            weighed.text, first[front], [stored[at].chunk.text for at in front], weighed.language,
+            prefer_language="language" in self.steps,
+        )
+        scores = dict(zip(front, close.tolist(), strict=True))
+        order = sorted(front, key=lambda at: (-scores[at], stored[at].row)) + rest
+        # Where so many are joined that places are left: the others, behind all that was compared closely.
+        lowest = scores[order[len(front) - 1]]
+        return order, scores | {at: lowest + float(first[at] - first[front[-1]]) for at in rest}
+
     def _candidates(
         self, weighed: WeighedQuestion, vector: np.ndarray, dense: list[tuple[int, float]], count: int,
         where: Filter = EVERYTHING,
     ) -> tuple[list[StoredChunk], np.ndarray]:
         """Chunks that either search brought up, with their match features (n, FEATURES)."""
-        cosines = dict(dense)
-        by_terms = dict(self.base.search_terms(weighed.terms, count, where=where))
+        cosines = dict(dense) if "dense" in self.steps else {}
+        by_terms: dict[int, float] = {}
+        if "terms" in self.steps:
+            by_terms = dict(self.base.search_terms(weighed.terms, count, where=where))
         missing = [row for row in by_terms if row not in cosines]
         for row, stored_vector in self.base.vectors_of(missing).items():
             cosines[row] = float(stored_vector @ vector)
@@ -190,6 +209,9 @@ class Retriever:
             [Candidate(item.row, item.body_terms, item.place_terms, cosines[item.row]) for item in stored],
             average_terms=self._collection_facts().average_terms,
         )
+        for step, columns in FEATURES_OF.items():
+            if step not in self.steps:
+                features[:, columns] = 0.0
         return stored, features
 
     def _document(self, path: str) -> Document:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rag.errors import SettingsError
+from rag.retrieval_steps import kept_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Settings:
     dtype: str = "auto"  # "auto", "float32", "bfloat16", "float16", "int8", "int4"
     kv_dtype: str = "auto"  # of the KV cache: "auto" (the compute dtype), "int8"
     passage_reuse: str = "exact"  # "exact", or "approximate": faster, and answers may differ
+    retrieval_without: str = ""  # steps of rag.retrieval_steps to leave out, separated by commas
     top_k: int = 4  # passages given to the generator
     chunk_tokens: int = 320  # largest chunk, in the embedder's tokens
     max_prompt_tokens: int = 6144  # prompt budget, in the generator's tokens
@@ -71,6 +73,7 @@ class Settings:
                 f"setting adapter is {self.adapter!r}, but {self.generator!r} runs on a server, whose weights "
                 "are not here. Load the adapter there, or name a model on this machine."
             )
+        kept_steps(self.retrieval_without)
         self._check_range("top_k", 1, 50)
         self._check_range("chunk_tokens", 32, 8192)
         self._check_range("max_prompt_tokens", 128, 1_000_000)
