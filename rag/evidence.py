@@ -291,6 +291,14 @@ def rank_sentences(
 
 
 _SAME_LANGUAGE = 1.0  # not fitted, as SAME_LANGUAGE of the ranking
+# Openings that say nothing without the sentence before.
+_LEANS = re.compile(
+    r"(?:It|They|He|She|Its|Their|His|Her|Both|The (?:former|latter)|(?:This|That|These|Those)(?= (?:is|are|was|were|"
+    r"means?|makes?|happens?|lets?|keeps?|can|could|will|would|may|might|has|have|does|do|did|allows?|leads?|helps?|gives?|"
+    r"saves?|costs?|takes?|needs?|works?|holds?|applies|apply|includes?|requires?|explains?|also|only)\b))\b"
+    r"|(?:它们?|他们?|她们?|前者|后者|两者|二者|其(?!他|它|余|实|中)|这(?=[是就也会能使让可要叫称]|意味|表示|说明|适用|需要)|"
+    r"此(?!外|时|后|前|处|种|类))"
+)
 _QUOTED_MASS = 0.95
 _MOST_QUOTED = 5
 _MOST_SOURCES = 2
@@ -302,7 +310,8 @@ def quotations(sentences: Sequence[Evidence]) -> list[tuple[int, int, int]]:
 
     The scores were fitted as a softmax, so they give each sentence its probability of being the one
     that answers. Sentences are taken until _QUOTED_MASS of it is reached, at most _MOST_QUOTED of
-    _MOST_SOURCES passages; neighbours become one quotation.
+    _MOST_SOURCES passages; neighbours become one quotation. One that begins with a pronoun brings the
+    sentence before it, which says what is spoken of.
     """
     if not sentences:
         return []
@@ -318,6 +327,12 @@ def quotations(sentences: Sequence[Evidence]) -> list[tuple[int, int, int]]:
             order.setdefault(item.hit_number, len(order))
             chosen.append(item)
             reached += share
+    ends = {(item.hit_number, item.end): item for item in sentences}
+    for item in list(chosen):
+        if _LEANS.match(item.text):
+            before = next((found for gap in range(3) if (found := ends.get((item.hit_number, item.start - gap)))), None)
+            if before is not None and before not in chosen:
+                chosen.append(before)
     quoted: list[tuple[int, int, int]] = []
     for item in sorted(chosen, key=lambda s: (order[s.hit_number], s.start)):
         if quoted and quoted[-1][0] == item.hit_number and 0 <= item.start - quoted[-1][2] <= 2:

@@ -116,6 +116,23 @@ def test_one_clear_winner_is_quoted_alone_and_equals_together():
     assert quotations([sentence(2, 0, 9, 1.0), sentence(1, 30, 40, 1.0)]) == [(2, 0, 9), (1, 30, 40)]
 
 
+@pytest.mark.parametrize(
+    ("before", "opening", "brings"),
+    [
+        ("The LoRA matrices are small. ", "They are merged after training.", True),
+        ("Quantization rounds weights. ", "This means that some precision is lost.", True),
+        ("Quantization rounds weights. ", "This method is old.", False),
+        ("量化会舍入权重。", "它能省内存。", True),
+        ("量化会舍入权重。", "其他办法也有。", False),
+    ],
+)
+def test_a_quotation_that_begins_with_a_pronoun_brings_the_sentence_before(before, opening, brings):
+    end = len(before) + len(opening)
+    first = Evidence(1, 0, len(before.rstrip()), before.rstrip(), 0.0)
+    best = Evidence(1, len(before), end, opening, 9.0)
+    assert quotations([best, first]) == [(1, 0 if brings else len(before), end)]
+
+
 def test_neighbours_become_one_quotation_and_never_more_than_five_sentences():
     equal = [sentence(1, 10 * at, 10 * at + 9, math.log(2)) for at in (1, 0, 3, 6, 7, 9)]
     assert quotations(equal) == [(1, 0, 19), (1, 30, 39), (1, 60, 79)]
