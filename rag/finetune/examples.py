@@ -15,6 +15,7 @@ from typing import Literal
 
 from rag.answer import Hit
 from rag.citations import strip_markers
+from rag.errors import PromptError
 from rag.language import REFUSAL, detect_language
 from rag.pipeline import Rag
 from rag.prompt import Prompt
@@ -112,7 +113,10 @@ def make_examples(
 def _make_example(rag: Rag, question: EvalQuestion) -> Example | str:
     if not question.answers and not question.unanswerable:
         return _NO_ANSWER
-    prompt: Prompt = rag.prompt(question.question)
+    try:
+        prompt: Prompt = rag.prompt(question.question)
+    except PromptError as error:
+        raise PromptError(f"question {question.id}: {error}") from error
     text = wanted_text(question, prompt.hits)
     if text is None:
         return _NO_PLACE
