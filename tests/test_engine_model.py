@@ -278,7 +278,7 @@ def test_the_estimate_counts_the_bytes_that_4_and_8_bits_take() -> None:
         products = [ours._head]
         for layer in ours._layers:
             tensors += [layer.input_norm, layer.post_norm]
-            products += [layer.qkv, layer.output, layer.gate_up, layer.down]
+            products += [layer.qkv, layer.output, *layer.gate.products, layer.down]
         for product in products:
             tensors += [value for value in vars(product).values() if torch.is_tensor(value)]
         taken = sum(tensor.nbytes for tensor in tensors)

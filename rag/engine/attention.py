@@ -3,7 +3,8 @@
 A row's context is a list of extents of the pool, in the order of its tokens. Rows that go through
 the same extent (one document, many questions) multiply with its keys together. What a row has for
 itself is short as a rule, and gathered for all rows into one product. All scores of a row stand
-side by side, so that one softmax sees exactly what it would see if the row were alone.
+side by side, so that one softmax sees exactly what it would see if the row were alone. Long pieces
+of prompts go through PyTorch's fused kernel where there is one (`flash`).
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
+from rag.engine.flash import FlashGroup, attend_flash, flash_group
 from rag.engine.kvcache import Extent, KVPool, cut_extents, extents_length
 
 SHORT_CHUNK = 24  # chunks up to this many tokens share one group: decoding rows, with drafts
 LONGEST_TAIL = 320  # a row's own slots beyond this many are read in place, not gathered
+_FEW_ROWS = 4  # decoding rows that share nothing, up to so many, are attended one by one
 _TAIL_STEP = 32  # tails are padded to a multiple of this: fewer shapes, see KVPool.padding
 _NEVER = float("-inf")
 
@@ -87,7 +90,7 @@ class Plan:
     """`order` in which the chunks stand in the step, and groups for each sliding window in use."""
 
     order: tuple[int, ...]
-    groups: dict[int | None, tuple[Group, ...]]
+    groups: dict[int | None, tuple[Group | FlashGroup, ...]]
 
 
 def plan_attention(
@@ -96,27 +99,35 @@ def plan_attention(
     windows: Sequence[int | None],
     query_block: int,
     device: torch.device,
+    flash: bool = False,
 ) -> Plan:
     """What each token looks at. Computed once a step and used by every layer.
 
     `windows` are the distinct sliding windows of the layers (None: full attention). Long chunks are
     taken in blocks of `query_block` tokens, which bounds the matrix of scores and skips most of
-    what causality forbids.
+    what causality forbids. With `flash` (a CPU whose kernel `has_flash`, no softcap) they are taken
+    whole, and so are short ones that share nothing.
     """
     short = [index for index, chunk in enumerate(chunks) if len(chunk.tokens) <= SHORT_CHUNK]
     long = [index for index, chunk in enumerate(chunks) if len(chunk.tokens) > SHORT_CHUNK]
     runs = _SharedRuns([chunks[index] for index in short])
     order = (*(short[index] for index in runs.order), *long)
-    groups: dict[int | None, tuple[Group, ...]] = {}
+    groups: dict[int | None, tuple[Group | FlashGroup, ...]] = {}
     for window in dict.fromkeys(windows):
-        found: list[Group] = []
+        found: list[Group | FlashGroup] = []
         begin = 0
-        if short:
+        alone = flash and window is None and runs.apart and len(short) <= _FEW_ROWS
+        if short and not alone:
             rows = [chunks[short[index]] for index in runs.order]
             found.append(_group(0, rows, runs, window, device))
             begin = found[-1].end
-        for index in long:
+        for index in [*(short[at] for at in runs.order), *long] if alone else long:
             chunk = chunks[index]
+            whole = flash_group(chunk, begin, device) if flash and window is None else None
+            if whole is not None:
+                found.append(whole)
+                begin = whole.end
+                continue
             for start in range(0, len(chunk.tokens), query_block):
                 block = _block(chunk, start, query_block)
                 found.append(_group(begin, [block], _SharedRuns([block]), window, device))
@@ -145,6 +156,11 @@ class _SharedRuns:
         self.tails: list[list[Extent]] = []
         self._tokens = 0
         self._visit([(index, list(row.extents)) for index, row in enumerate(rows)], 0)
+
+    @property
+    def apart(self) -> bool:
+        """Whether no two rows have a slot in common."""
+        return len({row.extents[0][0] for row in self._rows}) == len(self._rows)
 
     def _visit(self, rows: list[tuple[int, list[Extent]]], column: int) -> None:
         if len(rows) == 1:
@@ -268,23 +284,32 @@ def attend(
     queries: torch.Tensor,
     pool: KVPool,
     layer: int,
-    groups: Sequence[Group],
+    groups: Sequence[Group | FlashGroup],
     *,
     softcap: float | None = None,
 ) -> torch.Tensor:
     """Attention output for queries (kv heads, tokens, heads of a group, head dim), scaled already.
 
-    With `softcap` scores are bent to softcap x tanh(score / softcap). Returns the same shape.
+    With `softcap` scores are bent to softcap x tanh(score / softcap). Returns (tokens, heads x head
+    dim).
     """
-    out = torch.empty_like(queries)
+    kv_heads, count, heads, dim = queries.shape
+    if len(groups) == 1 and isinstance(groups[0], FlashGroup):
+        return attend_flash(queries, pool, layer, groups[0].runs).reshape(count, -1)
+    flat = queries.new_empty(count, kv_heads * heads * dim)
+    out = flat.view(count, kv_heads, heads, dim).transpose(0, 1)
     for group in groups:
         asked = queries[:, group.begin : group.end]
         written = out[:, group.begin : group.end]
-        if len(group.parts) == 1 and group.parts[0].length == group.width:
+        if isinstance(group, FlashGroup):
+            assert softcap is None, "the fused kernel bends no scores"
+            found = attend_flash(asked, pool, layer, group.runs)
+            flat[group.begin : group.end] = found.flatten(1)
+        elif len(group.parts) == 1 and group.parts[0].length == group.width:
             written.copy_(_attend_one(asked, pool, layer, group, softcap))
         else:
             written.copy_(_attend_many(asked, pool, layer, group, softcap))
-    return out
+    return flat
 
 
 def _attend_one(

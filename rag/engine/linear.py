@@ -20,6 +20,10 @@ class Linear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(x, self.weight, self.bias)
 
+    def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """The product and `other`, which has its shape."""
+        return other + self(x)
+
 
 class PackedLinear:
     """The same with weights reordered once by oneDNN (CPU, bfloat16).
@@ -33,8 +37,29 @@ class PackedLinear:
         self._bias = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._pointwise(x, "none")
+
+    def silu(self, x: torch.Tensor) -> torch.Tensor:
+        """SiLU of the product, rounded once."""
+        return self._pointwise(x, "swish")
+
+    def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """The product and `other`, which has its shape, rounded once."""
+        return self._with(x, other, "add")
+
+    def times(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """The product, number by number multiplied with `other`, rounded once."""
+        return self._with(x, other, "mul")
+
+    def _pointwise(self, x: torch.Tensor, behind: str) -> torch.Tensor:
         result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self._weight, self._bias, "none", [], ""
+            x, self._weight, self._bias, behind, [], ""
+        )
+        return result
+
+    def _with(self, x: torch.Tensor, other: torch.Tensor, behind: str) -> torch.Tensor:
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+            x, other, self._weight, self._bias, behind
         )
         return result
 
@@ -67,6 +92,10 @@ class Int8Linear:
         else:
             result = torch.nn.functional.linear(x, self._weight.to(x.dtype)) * self._scale
         return result if self._bias is None else result + self._bias
+
+    def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """The product and `other`, which has its shape."""
+        return other + self(x)
 
 
 _ROWS_AT_ONCE = 4096  # of a matrix that is being rounded
@@ -137,6 +166,10 @@ class Int4Linear:
             result = x @ self.turned_back()
         wanted: torch.Tensor = result[:, : self._outputs]
         return wanted if self._bias is None else wanted + self._bias
+
+    def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """The product and `other`, which has its shape."""
+        return other + self(x)
 
     def turned_back(self) -> torch.Tensor:
         """(inputs, outputs rounded up to 64)."""
@@ -211,13 +244,29 @@ def packs() -> bool:
     x = torch.randn(3, 64, generator=generator).bfloat16()
     weight = torch.randn(32, 64, generator=generator).bfloat16()
     bias = torch.randn(32, generator=generator).bfloat16()
+    other = torch.randn(3, 32, generator=generator).bfloat16()
     try:
-        packed = PackedLinear(weight, bias)(x)
+        linear = PackedLinear(weight, bias)
+        packed, silu = linear(x), linear.silu(x)
+        summed, multiplied = linear.plus(x, other), linear.times(x, other)
     except (AttributeError, RuntimeError, TypeError, NotImplementedError):
         # Absent, renamed or built without oneDNN: F.linear then does the work, only slower.
         return False
-    expected = torch.nn.functional.linear(x, weight, bias)
-    return torch.allclose(packed.float(), expected.float(), rtol=0.02, atol=0.05)
+    expected = torch.nn.functional.linear(x, weight, bias).float()
+    pairs = (
+        (packed, expected),
+        (silu, torch.nn.functional.silu(expected)),
+        (summed, expected + other),
+        (multiplied, expected * other),
+    )
+    return all(
+        torch.allclose(found.float(), right, rtol=0.02, atol=0.05) for found, right in pairs
+    )
+
+
+def is_packed(weight: torch.Tensor) -> bool:
+    """Whether `make_linear` stores a weight that keeps its bits as PackedLinear."""
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and packs()
 
 
 Product = Linear | PackedLinear | Int8Linear | Int4Linear
@@ -231,6 +280,32 @@ def make_linear(
     fewer than it has."""
     if bits is not None:
         return (Int8Linear if bits == 8 else Int4Linear)(weight, bias)
-    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and packs():
+    if is_packed(weight):
         return PackedLinear(weight.contiguous(), bias)
     return Linear(weight.contiguous(), bias)
+
+
+class MergedGate:
+    """SiLU(gate) x up, both out of one product."""
+
+    def __init__(self, both: Product) -> None:
+        """`both` gives gate and up behind one another."""
+        self.products = (both,)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.products[0](x).chunk(2, -1)
+        return torch.nn.functional.silu(gate).mul_(up)
+
+
+class FusedGate:
+    """The same by two products that do the rest to their sums before they write them."""
+
+    def __init__(self, gate: PackedLinear, up: PackedLinear) -> None:
+        self.products = (gate, up)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.products
+        return up.times(x, gate.silu(x))
+
+
+Gate = MergedGate | FusedGate

@@ -16,15 +16,30 @@ from torch.nn import functional as F
 
 from rag.engine.attention import SHORT_CHUNK, Chunk, attend, plan_attention
 from rag.engine.decode_graph import DecodeGraphs, PaddedStep, attend_padded
+from rag.engine.flash import has_flash
 from rag.engine.int8_pool import Int8KVPool
 from rag.engine.kvcache import Extent, KVPool
-from rag.engine.linear import Bits, Int4Linear, Int8Linear, PackedLinear, Product, make_linear
+from rag.engine.linear import (
+    Bits,
+    FusedGate,
+    Gate,
+    Int4Linear,
+    Int8Linear,
+    MergedGate,
+    PackedLinear,
+    Product,
+    is_packed,
+    make_linear,
+)
+from rag.engine.norm import rms_norm, rms_norm_heads
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 # "dynamic" and "longrope" change the frequencies with a prompt's length, and with them every
 # cached key; transformers' own forward serves those.
 _STEADY_ROPES = ("default", "linear", "yarn", "llama3", "proportional")
+
+_ROW_STEP = 16
 
 
 def why_unsupported(model: Any) -> str | None:
@@ -54,10 +69,9 @@ class Layer:
 
     input_norm: torch.Tensor
     qkv: Product
-    qk_norm: torch.Tensor | None  # (heads + kv heads, head dim), Qwen3
     output: Product
     post_norm: torch.Tensor
-    gate_up: Product
+    gate: Gate
     down: Product
     window: int | None
 
@@ -84,11 +98,11 @@ class DecoderModel:
         self.vocab_size: int = config.vocab_size
         self.eps: float = config.rms_norm_eps
         self._scale: float = attention.scaling
-        self._intermediate: int = config.intermediate_size
         self._inv_freq: torch.Tensor = decoder.rotary_emb.inv_freq.detach().float()
         self._rope_scale = float(decoder.rotary_emb.attention_scaling)
         # Blocks of queries keep the scores in the processor's cache; a GPU wants them larger.
         self._query_block = 128 if self.device.type == "cpu" else 1024
+        self._flash = self.device.type == "cpu" and has_flash(self.dtype)
         self._embedding: torch.Tensor = decoder.embed_tokens.weight.detach()
         self._norm: torch.Tensor = decoder.norm.weight.detach()
         head_bias = model.lm_head.bias.detach() if model.lm_head.bias is not None else None
@@ -98,6 +112,8 @@ class DecoderModel:
         if release:
             model.lm_head.weight = None
         self._graphs: DecodeGraphs | None = None
+        self._norms_heads = hasattr(attention, "q_norm")
+        self._head_norms = self._head_weights(decoder.layers)
         self._layers: list[Layer] = []
         for layer in decoder.layers:
             self._layers.append(self._take_layer(layer, config))
@@ -122,12 +138,6 @@ class DecoderModel:
 
     def _take_layer(self, layer: Any, config: Any) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
-        qk_norm = None
-        if hasattr(attention, "q_norm"):
-            qk_norm = torch.cat([
-                attention.q_norm.weight.detach().expand(self.num_heads, -1),
-                attention.k_norm.weight.detach().expand(self.num_kv_heads, -1),
-            ])  # fmt: skip
         if type(attention).__name__.startswith("Mistral"):
             window = getattr(config, "sliding_window", None)
         else:
@@ -135,13 +145,32 @@ class DecoderModel:
         return Layer(
             input_norm=layer.input_layernorm.weight.detach(),
             qkv=self._merged(attention.q_proj, attention.k_proj, attention.v_proj),
-            qk_norm=qk_norm,
             output=self._merged(attention.o_proj),
             post_norm=layer.post_attention_layernorm.weight.detach(),
-            gate_up=self._merged(mlp.gate_proj, mlp.up_proj),
+            gate=self._gate(mlp.gate_proj, mlp.up_proj),
             down=self._merged(mlp.down_proj),
             window=window,
         )
+
+    def _head_weights(self, layers: Any) -> torch.Tensor:
+        """(layers, 2, D), float32: what queries and keys are multiplied with as they are turned:
+        the weights of their norms, where a model has them, and the queries' scale."""
+        scale = torch.tensor([[self._scale], [1.0]], device=self.device)
+        if not self._norms_heads:
+            # The same for each layer.
+            return scale.expand(1, 2, self.head_dim).contiguous()
+        weights = [
+            torch.stack((layer.self_attn.q_norm.weight, layer.self_attn.k_norm.weight))
+            for layer in layers
+        ]
+        return torch.stack(weights).detach().float() * scale
+
+    def _gate(self, gate: torch.nn.Linear, up: torch.nn.Linear) -> Gate:
+        if self._bits is not None or not is_packed(gate.weight):
+            return MergedGate(self._merged(gate, up))
+        first, second = self._merged(gate), self._merged(up)
+        assert isinstance(first, PackedLinear) and isinstance(second, PackedLinear)
+        return FusedGate(first, second)
 
     def _merged(self, *linears: torch.nn.Linear) -> Product:
         """One product in place of several that take the same input."""
@@ -173,14 +202,14 @@ class DecoderModel:
 
     def _decode_padded(self, step: PaddedStep, pool: KVPool) -> torch.Tensor:
         """Logits (B, vocabulary), float32. Nothing here depends on what the tensors hold."""
-        cos, sin = self._rotation(step.positions)
+        rotation = self._rotation(step.positions)
         x = self._embedding[step.ids]
         for index, layer in enumerate(self._layers):
-            h = F.rms_norm(x, x.shape[1:], layer.input_norm, self.eps)
-            queries = self._project(layer, index, h, cos, sin, step.written, pool)
+            h = rms_norm(x, layer.input_norm, self.eps)
+            queries = self._project(layer, index, h, rotation, step.written, pool)
             mixed = attend_padded(queries, pool, index, step).transpose(0, 1)
             x = self._mix(layer, x, mixed.reshape(len(x), -1))
-        last = F.rms_norm(x, x.shape[1:], self._norm, self.eps)
+        last = rms_norm(x, self._norm, self.eps)
         logits: torch.Tensor = self._head(last).float()
         return logits
 
@@ -211,67 +240,70 @@ class DecoderModel:
             windows=[layer.window for layer in self._layers],
             query_block=self._query_block,
             device=self.device,
+            flash=self._flash,
         )
         ordered = [chunks[index] for index in plan.order]
         tokens = [token for chunk in ordered for token in chunk.tokens]
         positions = flat_positions(ordered)
         slots = new_slots(ordered, self.device)
-        cos, sin = self._rotation(torch.tensor(positions, dtype=torch.float32, device=self.device))
-        # Rows that nobody reads: see KVPool.padding. Few rows come in few numbers anyway.
+        places = torch.tensor(positions, dtype=torch.float32, device=self.device)
+        rotation = self._rotation(places)
+        # Rows that nobody reads: see KVPool.padding. Few rows come in few numbers anyway, and a
+        # kernel for many takes longer to multiply a row than to be built.
         padded = len(tokens)
-        if padded > SHORT_CHUNK:
-            padded = -(-padded // pool.padding) * pool.padding
+        if padded > SHORT_CHUNK and pool.padding > 1:
+            padded = -(-padded // _ROW_STEP) * _ROW_STEP
         ids = torch.tensor(tokens + [0] * (padded - len(tokens)), device=self.device)
         x = self._embedding[ids]  # (T padded, hidden)
         for index, layer in enumerate(self._layers):
-            h = F.rms_norm(x, x.shape[1:], layer.input_norm, self.eps)
-            queries = self._project(layer, index, h, cos, sin, slots, pool)
-            mixed = attend(queries, pool, index, plan.groups[layer.window])
-            mixed = mixed.transpose(0, 1).reshape(len(tokens), -1)  # (T, heads * D)
-            mixed = F.pad(mixed, (0, 0, 0, padded - len(tokens)))
+            h = rms_norm(x, layer.input_norm, self.eps)
+            queries = self._project(layer, index, h, rotation, slots, pool)
+            mixed = attend(queries, pool, index, plan.groups[layer.window])  # (T, heads * D)
+            if padded > len(tokens):
+                mixed = F.pad(mixed, (0, 0, 0, padded - len(tokens)))
             x = self._mix(layer, x, mixed)
         return self._logits(x, ordered, plan.order)
 
     def _mix(self, layer: Layer, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         """What comes behind attention: (T, hidden) with (T, heads * D) -> (T, hidden)."""
-        x = x + layer.output(mixed)
-        h = F.rms_norm(x, x.shape[1:], layer.post_norm, self.eps)
-        h = layer.gate_up(h)
-        h = F.silu(h[:, : self._intermediate]).mul_(h[:, self._intermediate :])
-        return x + layer.down(h)
+        x = layer.output.plus(mixed, x)
+        h = rms_norm(x, layer.post_norm, self.eps)
+        return layer.down.plus(layer.gate(h), x)
 
     def _project(
         self,
         layer: Layer,
         index: int,
         h: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
+        rotation: torch.Tensor,
         slots: torch.Tensor | Extent,
         pool: KVPool,
     ) -> torch.Tensor:
-        """Store keys and values; return queries (kv heads, T, heads of a group, D), scaled."""
+        """Store keys and values; return queries (kv heads, T, heads of a group, D), scaled; they
+        lie token by token."""
         turned = self.num_heads + self.num_kv_heads
-        length = cos.shape[0]
+        length = rotation.shape[3]
         qkv = layer.qkv(h).view(h.shape[0], -1, self.head_dim)  # (T, heads + 2 kv heads, D)
         qkv = qkv[:length]
-        qk = qkv[:, :turned]
-        if layer.qk_norm is not None:
-            qk = F.rms_norm(qk, (self.head_dim,), None, self.eps) * layer.qk_norm
-        # x cos + rotate_half(x) sin; the sign of the rotation is in `sin` already.
-        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
-        pool.write(index, slots, qk[:, self.num_heads :], qkv[:, turned:])
-        queries = qk[:, : self.num_heads] * self._scale
-        grouped = queries.view(length, self.num_kv_heads, -1, self.head_dim)
-        return grouped.transpose(0, 1).contiguous()
+        qk = rms_norm_heads(qkv, turned, self.eps) if self._norms_heads else qkv[:, :turned]
+        of_queries, of_keys = rotation[index % len(rotation)].unbind()
+        keys = _turned(qk[:, self.num_heads :], of_keys)
+        pool.write(index, slots, keys, qkv[:, turned:])
+        queries = _turned(qk[:, : self.num_heads], of_queries)
+        return queries.view(length, self.num_kv_heads, -1, self.head_dim).transpose(0, 1)
 
-    def _rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and signed sin, each (T, 1, D), for positions (T,), float32."""
+    def _rotation(self, positions: torch.Tensor) -> torch.Tensor:
+        """For positions (T,), float32: (layers, 2, 2, T, 1, D), for queries and keys of each layer
+        what their numbers and what their numbers half a head on are multiplied with. One layer
+        stands for all where all are the same."""
         angles = positions[:, None] * self._inv_freq  # (T, D / 2)
         cos, sin = angles.cos() * self._rope_scale, angles.sin() * self._rope_scale
-        cos = torch.cat((cos, cos), dim=-1)[:, None]
-        sin = torch.cat((-sin, sin), dim=-1)[:, None]
-        return cos.to(self.dtype), sin.to(self.dtype)
+        # x cos + rotate_half(x) sin, where rotate_half puts the second half, negative, first.
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        weights = self._head_norms[:, :, None, None]  # (layers, 2, 1, 1, D)
+        crossed = weights.roll(self.head_dim // 2, -1)
+        rotation = torch.stack((cos * weights[:, :, 0], sin * crossed[:, :, 0]), 2)
+        return rotation.to(self.dtype)[:, :, :, :, None]
 
     def _logits(
         self, x: torch.Tensor, ordered: Sequence[Chunk], order: Sequence[int]
@@ -280,9 +312,19 @@ class DecoderModel:
         if not rows:
             return torch.empty(0, self.vocab_size, device=self.device)
         last = x[torch.tensor(rows, device=self.device)]
-        last = F.rms_norm(last, last.shape[1:], self._norm, self.eps)
+        last = rms_norm(last, self._norm, self.eps)
         logits: torch.Tensor = self._head(last).float()
         return logits
+
+
+def _turned(heads: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """heads (T, n, D), turned by rotation (2, T, 1, D)."""
+    straight, crossed = rotation.unbind()
+    half = heads.shape[-1] // 2
+    turned = heads * straight
+    turned[..., :half].addcmul_(heads[..., half:], crossed[..., :half])
+    turned[..., half:].addcmul_(heads[..., :half], crossed[..., half:])
+    return turned
 
 
 def flat_positions(chunks: Sequence[Chunk]) -> list[int]:

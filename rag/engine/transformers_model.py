@@ -17,6 +17,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from rag.engine.attention import Chunk, Plan, attend, plan_attention
+from rag.engine.flash import has_flash
 from rag.engine.int8_pool import Int8KVPool
 from rag.engine.kvcache import Extent, KVPool
 from rag.engine.model import flat_positions, new_slots, wanted_rows
@@ -43,6 +44,7 @@ class _Probe:
 
     shapes: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # heads, kv heads, dim
     windows: dict[int, int | None] = field(default_factory=dict)
+    bends: bool = False  # whether a layer has a softcap
     devices: dict[int, torch.device] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -70,10 +72,10 @@ def _attention(
     step.pool.write(layer, step.slots[key.device], key[0].transpose(0, 1), value[0].transpose(0, 1))
     scale = dim**-0.5 if scaling is None else scaling
     # (heads, T, D) -> (kv heads, T, heads of a group, D)
-    grouped = (query[0] * scale).view(kv_heads, -1, length, dim).transpose(1, 2).contiguous()
+    grouped = (query[0] * scale).unflatten(0, (kv_heads, -1)).transpose(1, 2)
     groups = step.plans[key.device].groups[arguments.get("sliding_window")]
     mixed = attend(grouped, step.pool, layer, groups, softcap=arguments.get("softcap"))
-    return mixed.transpose(0, 1).reshape(1, length, -1, dim), None
+    return mixed.view(1, length, -1, dim), None
 
 
 def _take_down(
@@ -95,6 +97,7 @@ def _take_down(
             probe.problems.append(f"its attention takes {name}")
     probe.shapes[layer] = (query.shape[1], key.shape[1], key.shape[3])
     probe.windows[layer] = arguments.get("sliding_window")
+    probe.bends = probe.bends or arguments.get("softcap") is not None
     probe.devices[layer] = key.device
 
 
@@ -168,7 +171,11 @@ class TransformersModel:
         """As DecoderModel.forward: logits (sum of num_logits, vocabulary), float32."""
         plans = {
             device: plan_attention(
-                chunks, windows=self._windows, query_block=self._query_block, device=device
+                chunks,
+                windows=self._windows,
+                query_block=self._query_block,
+                device=device,
+                flash=self._flash,
             )
             for device in dict.fromkeys(self._devices)
         }
@@ -213,6 +220,8 @@ class TransformersModel:
         self._num_layers = len(probe.shapes)
         self._devices = [probe.devices[layer] for layer in range(self._num_layers)]
         self._windows = [probe.windows[layer] for layer in range(self._num_layers)]
+        on_cpu = all(device.type == "cpu" for device in self._devices)
+        self._flash = on_cpu and not probe.bends and has_flash(self.dtype)
         self._check_windows(config)
 
     def _check_windows(self, config: Any) -> None:
