@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Executor, Future
-from functools import lru_cache
+from concurrent.futures import CancelledError
+from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Protocol
 
 from ingest.parsers import Limits, ProcessWorkers, Splitting
 from ingest.scan import SourceFile
@@ -132,18 +133,31 @@ def _other_program(difference: str) -> str:
 # here -------------------------------------------------------------------------------------------
 
 
+class TaskFuture(Protocol):
+    """What Dask's futures and those of concurrent.futures have in common.
+
+    Not Dask's executor (Client.get_executor): where the connection breaks while a result comes in,
+    its futures never end.
+    """
+
+    def result(self) -> Any: ...
+    def done(self) -> bool: ...
+    def cancel(self) -> Any: ...
+    def add_done_callback(self, call: Callable[[Any], object], /) -> Any: ...
+
+
 class ClusterWorkers:
-    """The workers as `ingest.parsers.ParserPool` asks them, through an executor."""
+    """The workers as `ingest.parsers.ParserPool` asks them, each task a future."""
 
     takes_all = True
 
     def __init__(
-        self, executor: Executor, limits: Limits, *, facts: dict[str, str], splitting: Splitting,
+        self, submit: Callable[..., TaskFuture], limits: Limits, *, facts: dict[str, str], splitting: Splitting,
         is_static: bool, num_at_once: int, count_workers: Callable[[], int],
     ) -> None:
-        """`count_workers` says how many there are now, or raises ClusterError where the scheduler is gone."""
+        """`submit` is a Client's or an Executor's; `count_workers` says how many there are now, or raises ClusterError where the scheduler is gone."""
         self.num_at_once = num_at_once
-        self._executor = executor
+        self._submit = submit
         self._limits = limits
         self._facts = facts
         self._splitting = splitting
@@ -181,35 +195,37 @@ class ClusterWorkers:
 
         if self._is_stopped.is_set():
             raise CancelledError
-        future: Future[_Answers] = self._executor.submit(
+        future = self._submit(
             answer_task, files, self._splitting, self._limits, self._facts, self._is_static
         )
-        without_worker = 0.0
-        while True:
-            try:
-                return future.result(timeout=_LOOK_SECONDS)
-            except TimeoutError:
-                if future.done():
-                    raise
-            except KilledWorker:
-                return None
-            except CancelledError as error:
-                if self._is_stopped.is_set():
-                    raise
-                self._count_workers()
+        self._wait(future)
+        try:
+            answers: _Answers = future.result()
+            return answers
+        except KilledWorker:
+            return None
+        except (CancelledError, OSError, ImportError) as error:
+            self._count_workers()  # says so where the connection is the cause
+            if isinstance(error, CancelledError):
                 raise ClusterError(
                     "the scheduler dropped a task, as when it is started again. What was stored stays; run this again."
                 ) from error
-            except (OSError, ImportError) as error:
-                raise ClusterError(f"a task failed on a worker ({type(error).__name__}: {error}).") from error
+            raise ClusterError(f"a task failed on a worker ({type(error).__name__}: {error}).") from error
+
+    def _wait(self, future: TaskFuture) -> None:
+        """Until the task is done. Raises CancelledError when stopped, ClusterError where nobody works on it."""
+        is_done = threading.Event()
+        future.add_done_callback(lambda _: is_done.set())
+        lonely_since: float | None = None
+        while not (is_done.wait(_LOOK_SECONDS) or future.done()):
             if self._is_stopped.is_set():
                 future.cancel()
                 raise CancelledError
             if self._count_workers():
-                without_worker = 0.0
-            elif not without_worker:
-                without_worker = time.monotonic()
-            elif time.monotonic() - without_worker > _NO_WORKER_SECONDS:
+                lonely_since = None
+            elif lonely_since is None:
+                lonely_since = time.monotonic()
+            elif time.monotonic() - lonely_since > _NO_WORKER_SECONDS:
                 future.cancel()
                 raise ClusterError(
                     f"the scheduler has had no worker for {_NO_WORKER_SECONDS:g} s. What was stored stays; "
@@ -257,6 +273,8 @@ class Cluster:
             ) from error
         self.address = address
         self._embedder = _portable_name(settings.embedder)
+        # What its client would log with a traceback (a lost connection) is told by our own errors.
+        logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
         # Bytes travel in the tasks on purpose.
         dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TB"})
         try:
@@ -301,7 +319,7 @@ class Cluster:
         """What a ParserPool asks. Twice as many tasks as threads are on their way, so that none waits."""
         threads = sum(self._client.nthreads().values())
         return ClusterWorkers(
-            self._client.get_executor(pure=False), limits, facts=self._facts,
+            partial(self._client.submit, pure=False), limits, facts=self._facts,
             splitting=Splitting(self._embedder, chunk_tokens), is_static=is_static,
             num_at_once=max(4, min(_MOST_AT_ONCE, 2 * threads)), count_workers=self._count_workers,
         )

@@ -34,7 +34,7 @@ from ingest.cluster import ClusterWorkers, answer_task, describe_program, find_d
 @pytest.fixture(scope="module")
 def two_workers() -> Any:
     with LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, scheduler_port=0
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", scheduler_port=0
     ) as started:
         yield started
 
@@ -117,7 +117,7 @@ def test_a_scheduler_without_workers_is_an_error_and_no_endless_wait(
 ) -> None:
     monkeypatch.setattr(cluster, "_FIRST_WORKER_SECONDS", 0.2)
     write(tmp_path / "docs" / "a.md", "Some words.")
-    with LocalCluster(n_workers=0, processes=False, dashboard_address=None, scheduler_port=0) as empty, \
+    with LocalCluster(n_workers=0, processes=False, dashboard_address=":0", scheduler_port=0) as empty, \
             pytest.raises(ClusterError, match="no worker after 0.2 s.*dask worker "):
         sync([tmp_path / "docs"], settings=Settings(kb=str(tmp_path / "kb")), scheduler=empty.scheduler_address)
 
@@ -166,7 +166,7 @@ class SilentExecutor(Executor):
 
 def workers_of(executor: Executor, *, count: int = 1) -> ClusterWorkers:
     return ClusterWorkers(
-        executor, Limits(), facts={}, splitting=Splitting("bundled", 320), is_static=True, num_at_once=2,
+        executor.submit, Limits(), facts={}, splitting=Splitting("bundled", 320), is_static=True, num_at_once=2,
         count_workers=lambda: count,
     )
 
