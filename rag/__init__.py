@@ -7,13 +7,16 @@
 Importing this package loads no model.
 """
 
-from rag.answer import Answer, Citation, GenerationStats, Hit
+from rag.answer import Answer, Citation, Disagreement, GenerationStats, Hit
 from rag.document import Chunk, Document
 from rag.errors import RagError
 from rag.filter import Filter
 from rag.settings import Settings
 
-__all__ = ["Answer", "Chunk", "Citation", "Document", "Filter", "GenerationStats", "Hit", "Rag", "RagError", "Settings"]
+__all__ = [
+    "Answer", "Chunk", "Citation", "Disagreement", "Document", "Filter", "GenerationStats", "Hit", "Rag", "RagError",
+    "Settings",
+]
 
 
 def __getattr__(name: str) -> object:

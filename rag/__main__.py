@@ -185,6 +185,7 @@ def _print_sources(answer: Answer) -> None:
         place = f"  [{citation.marker}] {citation.path}{page}, characters {citation.start}-{citation.end}"
         # A quotation has just been shown; beside the model's own words the source's are needed.
         print(place if answer.kind == "quoted" else f"{place}: {one_line(citation.quote)}")
+    _print_disagreements(answer)
     if answer.refused and answer.hits:
         print("\nNearest passages")
         for hit in answer.hits:
@@ -200,6 +201,21 @@ def _print_sources(answer: Answer) -> None:
             f"{about}{stats.new_tokens} new at {about}{stats.tokens_per_second:.0f} a second"
         )
     print(f"\n{cost}", file=sys.stderr)
+
+
+_DISAGREE = {"en": "The documents disagree", "zh": "文档说法不一"}
+
+
+def _print_disagreements(answer: Answer) -> None:
+    """What two places say differently, in the language of the question."""
+    from rag.language import detect_language
+
+    for each in answer.disagreements:
+        print(f"\n{_DISAGREE[detect_language(answer.question)]}")
+        for citation, words in ((each.first, each.first_words), (each.second, each.second_words)):
+            page = f", page {citation.page}" if citation.page is not None else ""
+            quote = "" if each.kind == "negation" else f": {one_line(citation.quote)}"
+            print(f"  [{citation.marker}] {citation.path}{page}: {one_line(words)}{quote}")
 
 
 def _retrieve(options: argparse.Namespace, settings: Settings) -> int:

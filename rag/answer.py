@@ -1,4 +1,4 @@
-"""What flows from a question to the reader: Hit, Citation, GenerationStats, Answer."""
+"""What flows from a question to the reader: Hit, Citation, Disagreement, GenerationStats, Answer."""
 
 from __future__ import annotations
 
@@ -54,6 +54,21 @@ class Citation:
 
 
 @dataclass(frozen=True, slots=True)
+class Disagreement:
+    """Two places that say different things about what was asked, the one that answers best first.
+
+    `first_words` and `second_words` are what they differ in: two amounts, two dates, or, where one
+    denies what the other says, both sentences.
+    """
+
+    kind: Literal["number", "date", "negation"]
+    first: Citation
+    second: Citation
+    first_words: str
+    second_words: str
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationStats:
     """What one answer cost. Token counts are the generator's own tokens; times are seconds."""
 
@@ -84,7 +99,8 @@ class Answer:
     sentence of the sources, because the model's answer was not trustworthy enough) or "refused".
     `unsupported` holds the sentences of `text` that no retrieved passage supports. `prompt` is what
     the model read, special tokens and all; empty where it was not asked. `doubtful`: the passages are
-    near the question, but as many such questions have no answer in them as have one.
+    near the question, but as many such questions have no answer in them as have one. `disagreements`:
+    where passages say different things about what was asked.
     """
 
     question: str
@@ -97,6 +113,7 @@ class Answer:
     stats: GenerationStats = field(default_factory=GenerationStats)
     prompt: str = ""
     doubtful: bool = False
+    disagreements: tuple[Disagreement, ...] = ()
 
     @property
     def refused(self) -> bool:
@@ -113,6 +130,7 @@ class Answer:
             "doubtful": self.doubtful,
             "citations": [asdict(citation) for citation in self.citations],
             "unsupported": list(self.unsupported),
+            "disagreements": [asdict(disagreement) for disagreement in self.disagreements],
             "hits": [hit.to_dict() for hit in self.hits],
             "stats": asdict(self.stats),
         }

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rag.answer import Answer, Citation, GenerationStats, Hit
+from rag.answer import Answer, Citation, Disagreement, GenerationStats, Hit
 from rag.citations import (
     MarkerStream,
     StrictStream,
@@ -20,6 +20,7 @@ from rag.citations import (
     unlinked,
 )
 from rag.confidence import Calibration
+from rag.disagreement import find_contradictions
 from rag.embedder import Embedder, load_embedder
 from rag.errors import InputError
 from rag.evidence import (
@@ -309,6 +310,7 @@ class Rag:
             question=plan.question, text=checked.text, kind="generated",
             citations=checked.citations, hits=prompt.hits, unsupported=checked.unsupported,
             confidence=confidence, stats=stats, doubtful=is_doubtful(plan.support),
+            disagreements=self._disagreements(plan, prompt.hits),
         )
 
     def _quotation(self, plan: _Plan, stats: GenerationStats) -> Answer:
@@ -318,15 +320,32 @@ class Rag:
         citations = []
         lines = []
         for number, start, end in quotes:
-            chunk = hits[number - 1].chunk
-            quote = chunk.text[start - chunk.start : end - chunk.start]
-            citations.append(
-                Citation(number, chunk.path, self._page_at(chunk.path, start), start, end, quote)
-            )
-            lines.append(f"{unlinked(one_line(quote))} [{number}]")
+            citation = self._citation(hits, number, start, end)
+            citations.append(citation)
+            lines.append(f"{unlinked(one_line(citation.quote))} [{number}]")
         return Answer(
             question=plan.question, text="\n".join(lines), kind="quoted", citations=tuple(citations),
             hits=hits, confidence=plan.support, stats=stats, doubtful=is_doubtful(plan.support),
+            disagreements=self._disagreements(plan, hits),
+        )
+
+    def _citation(self, hits: Sequence[Hit], number: int, start: int, end: int) -> Citation:
+        """The words [start, end) of a file, which stand in the hit of this number."""
+        chunk = hits[number - 1].chunk
+        quote = chunk.text[start - chunk.start : end - chunk.start]
+        return Citation(number, chunk.path, self._page_at(chunk.path, start), start, end, quote)
+
+    def _disagreements(self, plan: _Plan, hits: Sequence[Hit]) -> tuple[Disagreement, ...]:
+        """Where the passages shown say different things about what is asked."""
+        weighed = plan.retrieval.weighed
+        shown = [item for item in plan.sentences if item.hit_number <= len(hits)]
+
+        def cite(item: Evidence) -> Citation:
+            return self._citation(hits, item.hit_number, item.start, item.end)
+
+        return tuple(
+            Disagreement(found.kind, cite(found.first), cite(found.second), found.first_words, found.second_words)
+            for found in find_contradictions(weighed.text, weighed.weights, shown, hits)
         )
 
     def _stats(self, plan: _Plan, result: GenerationResult) -> GenerationStats:

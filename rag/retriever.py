@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -35,6 +36,10 @@ CANDIDATES = 48  # from each of dense and term search, and compared in full
 _MAX_QUESTION_TERMS = 64  # the heaviest ones of a question as long as a page
 _DUPLICATE = 0.92  # Jaccard similarity of term sets from which two passages say the same
 _DOCUMENTS_KEPT = 16
+_DENIAL = re.compile(r"[不没无未勿禁]|^(?:not|no|never|cannot|without|t)$")
+_NUMERAL = re.compile(
+    r"[一二三四五六七八九十百千万两]|^(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelv|twenti|thirti|fifti|hundr)$"
+)
 _LONGEST_JOINED = 2_400  # characters
 _WIDEST_GAP = 700  # characters between two passages of one place, in a file without pages
 
@@ -271,6 +276,10 @@ def _says_the_same(first: StoredChunk, second: StoredChunk) -> bool:
     differing = a ^ b
     if any(character.isdigit() for term in differing for character in term):
         return False  # last year's figures are another statement
+    if any(_DENIAL.search(term) for term in differing):
+        return False  # and so is the opposite
+    if all(any(_NUMERAL.search(term) for term in terms) for terms in (a - b, b - a)):
+        return False
     return len(a & b) >= _DUPLICATE * len(a | b)
 
 
