@@ -6,20 +6,22 @@ import os
 import shutil
 import signal
 import sys
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from fakes import WordEmbedder
+from test_embedder import prompted  # noqa: F401
 from test_ingest import contents, write
 
 from ingest import Limits, Progress, sync
 from ingest.__main__ import main
 from ingest.parsers import ParserPool, Splitting
 from ingest.scan import SourceFile
-from rag.embedder import BUNDLED
+from ingest.splitter import split_document
+from rag.embedder import BUNDLED, TransformerEmbedder, load_embedder
 from rag.errors import ClusterError, InputError
 from rag.settings import Settings
 
@@ -134,6 +136,27 @@ def test_what_a_scheduler_can_not_do_is_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(InputError, match=r"pip install 'local-rag\[dask\]'"):
         sync([tmp_path], settings=settings, scheduler="tcp://here:1")
+
+
+def test_a_model_that_is_no_table_splits_and_embeds_on_the_worker_too(tmp_path: Path, prompted: Path) -> None:  # noqa: F811
+    folder = str(prompted)
+    embedder = load_embedder(folder, device="cpu")
+    assert isinstance(embedder, TransformerEmbedder)
+    with ThreadPoolExecutor(max_workers=1) as here:
+        workers = ClusterWorkers(
+            here.submit, Limits(), facts=describe_program(folder), splitting=Splitting(folder, 12),
+            is_static=False, num_at_once=1, count_workers=lambda: 1,
+        )
+        file = write(tmp_path / "a.html", "<h1>a</h1>" + "<p>a b c d e f. b c d e f g.</p>" * 20)
+        with ParserPool(Limits(), workers=workers) as pool:
+            (parsed,) = pool.parse([SourceFile("a.html", file, file.stat().st_size, 0.0)])
+    cluster.end_idle_processes()
+    assert parsed.document is not None and parsed.chunks is not None and parsed.vectors is not None
+    assert parsed.chunks == split_document(parsed.document, embedder.count_tokens, chunk_tokens=12)
+    assert len(parsed.chunks) > 2
+    np.testing.assert_allclose(
+        parsed.vectors, embedder.embed_passages([chunk.indexed_text for chunk in parsed.chunks]), atol=1e-6
+    )
 
 
 # workers that are lost over a file, played by an executor -----------------------------------------

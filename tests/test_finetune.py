@@ -228,6 +228,7 @@ def test_a_model_learns_from_its_own_questions_and_is_used_with_what_it_learned(
     before, after = record.training["loss_to_stop_by"]
     measured = record.training["loss_measured"]
     assert after < before / 2 and measured[1] < measured[0] / 2, "questions it was not trained on"
+    assert record.training["figures"]["cut off"][1] < 0.5, "it has learned to be brief"
     assert record.confidence is None and sum(record.training["questions"].values()) == 60
     assert "loss of the answers" in shown.out and f"--adapter {out}" in shown.out
     assert {file.name for file in out.iterdir()} == {
@@ -235,7 +236,7 @@ def test_a_model_learns_from_its_own_questions_and_is_used_with_what_it_learned(
     }  # fmt: skip
     rag = Rag.open(str(kb), generator=str(llama), adapter=str(out), device="cpu", top_k=1, max_new_tokens=8)
     result = rag.generator.generate(rag.prompt("What colour is door number 101?"), max_new_tokens=8)
-    assert result.finish_reason == "stop", "it has learned to be brief"
+    assert result.finish_reason == "stop"
     code = main([str(questions), "--kb", str(kb), "--out", str(out), *options])
     assert code == 1 and "exists already" in capsys.readouterr().err
 

@@ -25,6 +25,8 @@ from rag.settings import Settings
 FEWEST: dict[Part, int] = {"train": 20, "stop": 3, "measure": 3}
 _PURPOSE: dict[Part, str] = {"train": "train on", "stop": "stop by", "measure": "measure"}
 _FIGURES = ("em", "f1", "answer_in_text", "refusal_accuracy")
+_CUT = "cut off"
+_OFTEN_CUT = 0.2
 _SETTINGS = (
     "kb", "generator", "embedder", "store", "milvus_uri", "device", "dtype", "top_k",
     "max_prompt_tokens", "max_new_tokens", "seed",
@@ -144,11 +146,12 @@ def finetune(source: Path, out: Path, settings: Settings, options: TrainingOptio
         for written in (before, after)
     ]
     facts["figures"] = {name: [run.summary[name] for run in runs] for name in _FIGURES}
+    facts["figures"][_CUT] = cut = [_share_cut(written) for written in (before, after)]
     replace(record, confidence=confidence, training=facts).write(fresh)
     for name, run in zip(("before.json", "after.json"), runs, strict=True):
         run.write(fresh / name)
     fresh.rename(out)
-    _print_figures(runs, (loss_before, loss_after))
+    _print_figures(runs, (loss_before, loss_after), cut)
     _print_end(out, settings, confidence)
 
 
@@ -229,7 +232,14 @@ def _fingerprint(settings: Settings) -> str:
     return weights_fingerprint(weight_files(find_model(settings.generator)))
 
 
-def _print_figures(runs: Sequence[Run], losses: tuple[float | None, float | None]) -> None:
+def _share_cut(written: Sequence[Written]) -> float:
+    """Of answers that ran into max_new_tokens: many are a sign of a model that repeats itself."""
+    return round(sum(one.result.answer.stats.finish_reason == "length" for one in written) / len(written), 4)
+
+
+def _print_figures(
+    runs: Sequence[Run], losses: tuple[float | None, float | None], cut: Sequence[float]
+) -> None:
     comparison = compare(runs[0], runs[1])
     print(f"{comparison.questions} questions that were not trained on, the model's own words")
     print(f"{'':20}{'before':>9}{'after':>9}{'change: 95% interval':>24}{'p':>9}")
@@ -239,6 +249,12 @@ def _print_figures(runs: Sequence[Run], losses: tuple[float | None, float | None
         if each.name in _FIGURES:
             between = f"{each.low:+.3f} to {each.high:+.3f}"
             print(f"{each.name:20}{each.a:9.4f}{each.b:9.4f}{between:>24}{each.p:9.4f}")
+    print(f"{_CUT:20}{cut[0]:9.4f}{cut[1]:9.4f}")
+    if cut[1] > max(_OFTEN_CUT, cut[0]):
+        print(
+            f"after training {cut[1]:.0%} of the answers are cut off at max_new_tokens: read some in after.json "
+            "before using it; a model too small for such answers repeats itself"
+        )
 
 
 def _print_end(out: Path, settings: Settings, confidence: dict[str, float] | None) -> None:
