@@ -31,32 +31,38 @@ def filled(pool: KVPool) -> KVPool:
     return pool
 
 
-def new_pool(dtype: torch.dtype, kind: type[KVPool] = KVPool) -> KVPool:
+def new_pool(dtype: torch.dtype, kind: type[KVPool] = KVPool, *, capacity: int = 200) -> KVPool:
     return filled(
-        kind(num_layers=1, num_kv_heads=2, head_dim=32, capacity=200, dtype=dtype, device=CPU)
+        kind(num_layers=1, num_kv_heads=2, head_dim=32, capacity=capacity, dtype=dtype, device=CPU)
     )
+
+
+def random_queries(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """(kv heads, count, heads of a group, D), scaled."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, count, 3, 32, generator=generator).to(dtype) * 32**-0.5
 
 
 def attended(pool: KVPool, chunks: list[Chunk], *, flash: bool) -> torch.Tensor:
     plan = plan_attention(chunks, windows=[None], query_block=16, device=CPU, flash=flash)
-    count = sum(len(chunk.tokens) for chunk in chunks)
-    generator = torch.Generator().manual_seed(1)
-    queries = torch.randn(2, count, 3, 32, generator=generator).to(pool.dtype) * 32**-0.5
+    queries = random_queries(sum(len(chunk.tokens) for chunk in chunks), pool.dtype)
     return attend(queries, pool, 0, plan.groups[None])
 
 
-def by_hand(pool: KVPool, chunk: Chunk) -> torch.Tensor:
+def by_hand(pool: KVPool, chunk: Chunk, queries: torch.Tensor | None = None) -> torch.Tensor:
     """One softmax a token, in float64."""
     slots = [slot for start, end in chunk.extents for slot in range(start, end)]
-    generator = torch.Generator().manual_seed(1)
-    queries = torch.randn(2, len(chunk.tokens), 3, 32, generator=generator).to(pool.dtype)
-    keys, values = pool.keys(0, 0, 200)[:, slots].double(), pool.values(0, 0, 200)[:, slots]
+    if queries is None:
+        queries = random_queries(len(chunk.tokens), pool.dtype)
+    keys, values = (
+        read(0, 0, pool.capacity)[:, slots].double() for read in (pool.keys, pool.values)
+    )
     rows = []
     for index in range(len(chunk.tokens)):
         seen = chunk.position + index + 1
-        asked = queries[:, index].double() * 32**-0.5  # (kv heads, heads of a group, D)
+        asked = queries[:, index].double()  # (kv heads, heads of a group, D)
         weights = (asked @ keys[:, :seen].transpose(1, 2)).softmax(-1)
-        rows.append((weights @ values[:, :seen].double()).flatten())
+        rows.append((weights @ values[:, :seen]).flatten())
     return torch.stack(rows)
 
 
@@ -81,10 +87,20 @@ def test_runs_are_read_where_they_lie_and_only_the_own_ones_causally() -> None:
         Run(20, 40, (7, 27), causal=False),
         Run(20, 40, (50, 70), causal=True),
     ))  # fmt: skip
-    token = flash_group(Chunk([1], 69, [(0, 30), (50, 90)]), 0, CPU)
-    assert token is not None
-    assert [run.slots for run in token.runs] == [(0, 30), (50, 90)]
-    assert flash_group(Chunk([1] * 40, 0, PLACES["own slots in too many places"][1]), 0, CPU) is None
+    token = plan_attention(
+        [Chunk([1], 69, [(0, 30), (50, 90)])],
+        windows=[None],
+        query_block=16,
+        device=CPU,
+        flash=True,
+    )
+    assert token.groups[None] == (FlashGroup(0, 1, (
+        Run(0, 1, (0, 30), causal=False),
+        Run(0, 1, (50, 90), causal=False),
+    )),)  # fmt: skip
+    assert (
+        flash_group(Chunk([1] * 40, 0, PLACES["own slots in too many places"][1]), 0, CPU) is None
+    )
 
 
 def test_eight_bit_keys_go_through_the_same_kernel() -> None:
@@ -94,17 +110,59 @@ def test_eight_bit_keys_go_through_the_same_kernel() -> None:
     assert (found - by_hand(pool, chunk)).abs().max() < 0.03
 
 
-def test_rows_with_nothing_in_common_are_attended_one_by_one() -> None:
-    rows = [Chunk([1], 50, [(0, 51)]), Chunk([1, 2], 60, [(100, 162)])]
+ROWS = {
+    "nothing in common": [Chunk([1], 50, [(0, 51)]), Chunk([1, 2], 60, [(100, 162)])],
+    "a long beginning in common": [
+        Chunk([1], 60, [(0, 50), (90, 101)]),
+        Chunk([1, 2, 3], 9, [(180, 192)]),
+        Chunk([1, 2], 51, [(0, 50), (120, 123)]),
+    ],
+    "one beginning inside another": [
+        Chunk([1], 50, [(0, 50), (90, 91)]),
+        Chunk([1], 40, [(0, 40), (101, 102)]),
+        Chunk([1, 2], 50, [(0, 52)]),
+    ],
+    "own slots too many to gather": [
+        Chunk([1, 2], 380, [(0, 50), (200, 532)]),
+        Chunk([1], 50, [(0, 50), (90, 91)]),
+        Chunk([1, 2, 3], 345, [(600, 940), (100, 108)]),
+    ],
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_step_each_see_their_own(case: str, dtype: torch.dtype) -> None:
+    """Against each row alone, with the queries that it has in the step."""
+    rows = ROWS[case]
+    pool = new_pool(dtype, capacity=1000)
     plan = plan_attention(rows, windows=[None], query_block=16, device=CPU, flash=True)
-    assert [type(group) for group in plan.groups[None]] == [FlashGroup, FlashGroup]
-    pool = new_pool(torch.float32)
-    together = attended(pool, rows, flash=True)
-    torch.testing.assert_close(together, attended(pool, rows, flash=False))
-    shared = [Chunk([1], 50, [(0, 51)]), Chunk([1], 40, [(0, 40), (60, 61)])]
-    plan = plan_attention(shared, windows=[None], query_block=16, device=CPU, flash=True)
+    assert all(isinstance(group, FlashGroup) for group in plan.groups[None])
+    count = sum(len(row.tokens) for row in rows)
+    queries = random_queries(count, dtype)
+    found = attend(queries, pool, 0, plan.groups[None]).double()
+    at = 0
+    bound = 1e-5 if dtype == torch.float32 else 0.03
+    for index in plan.order:
+        length = len(rows[index].tokens)
+        expected = by_hand(pool, rows[index], queries[:, at : at + length])
+        assert (found[at : at + length] - expected).abs().max() < bound
+        at += length
+
+
+def test_what_rows_share_is_read_once() -> None:
+    rows = ROWS["a long beginning in common"]
+    plan = plan_attention(rows, windows=[None], query_block=16, device=CPU, flash=True)
     (group,) = plan.groups[None]
-    assert not isinstance(group, FlashGroup) and group.parts[0].length == 40  # read once for both
+    assert plan.order == (0, 2, 1) and isinstance(group, FlashGroup)
+    assert group.runs == (Run(0, 3, (0, 50), causal=False),)
+    tails = group.tails
+    assert tails is not None and (tails.rows, tails.length) == (3, 32)
+    assert tails.slots.view(3, 32)[1].tolist() == [120, 121] + [122] * 30
+    assert tails.tokens.tolist() == [0, 0, 0, 1, 2, 2, 3, 4, 5]
+    seen = (tails.mask == 0).sum(-1).flatten().tolist()
+    assert seen == [11, 11, 11, 2, 3, 3, 10, 11, 12]
+    assert tails.picked is not None and tails.picked.tolist() == [0, 3, 4, 6, 7, 8]
 
 
 def test_norms_of_many_rows_in_bfloat16_are_rounded_once() -> None:

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
-from rag.engine.flash import FlashGroup, attend_flash, flash_group
+from rag.engine.flash import FlashGroup, Run, attend_flash, flash_group, flash_tails, own_runs
 from rag.engine.kvcache import Extent, KVPool, cut_extents, extents_length
 
 SHORT_CHUNK = 24  # chunks up to this many tokens share one group: decoding rows, with drafts
 LONGEST_TAIL = 320  # a row's own slots beyond this many are read in place, not gathered
-_FEW_ROWS = 4  # decoding rows that share nothing, up to so many, are attended one by one
 _TAIL_STEP = 32  # tails are padded to a multiple of this: fewer shapes, see KVPool.padding
 _NEVER = float("-inf")
 
@@ -106,7 +105,7 @@ def plan_attention(
     `windows` are the distinct sliding windows of the layers (None: full attention). Long chunks are
     taken in blocks of `query_block` tokens, which bounds the matrix of scores and skips most of
     what causality forbids. With `flash` (a CPU whose kernel `has_flash`, no softcap) they are taken
-    whole, and so are short ones that share nothing.
+    whole, and so are the short ones' shared and long parts.
     """
     short = [index for index, chunk in enumerate(chunks) if len(chunk.tokens) <= SHORT_CHUNK]
     long = [index for index, chunk in enumerate(chunks) if len(chunk.tokens) > SHORT_CHUNK]
@@ -116,12 +115,14 @@ def plan_attention(
     for window in dict.fromkeys(windows):
         found: list[Group | FlashGroup] = []
         begin = 0
-        alone = flash and window is None and runs.apart and len(short) <= _FEW_ROWS
-        if short and not alone:
+        if short:
             rows = [chunks[short[index]] for index in runs.order]
-            found.append(_group(0, rows, runs, window, device))
+            if flash and window is None:
+                found.append(_flash_rows(rows, runs, device))
+            else:
+                found.append(_group(0, rows, runs, window, device))
             begin = found[-1].end
-        for index in [*(short[at] for at in runs.order), *long] if alone else long:
+        for index in long:
             chunk = chunks[index]
             whole = flash_group(chunk, begin, device) if flash and window is None else None
             if whole is not None:
@@ -156,11 +157,6 @@ class _SharedRuns:
         self.tails: list[list[Extent]] = []
         self._tokens = 0
         self._visit([(index, list(row.extents)) for index, row in enumerate(rows)], 0)
-
-    @property
-    def apart(self) -> bool:
-        """Whether no two rows have a slot in common."""
-        return len({row.extents[0][0] for row in self._rows}) == len(self._rows)
 
     def _visit(self, rows: list[tuple[int, list[Extent]]], column: int) -> None:
         if len(rows) == 1:
@@ -216,6 +212,30 @@ def _group(
     mask, mask_from = _mask(rows, in_place, first, shared_width, width, window)
     on_device = None if mask is None else mask.to(device)
     return Group(begin, begin + count, width, parts, tails, on_device, mask_from)
+
+
+def _flash_rows(rows: Sequence[Chunk], runs: _SharedRuns, device: torch.device) -> FlashGroup:
+    """One group for `rows`, in the order of `runs`, which are the first of the step."""
+    begins: dict[int, Chunk] = {}
+    count = 0
+    for row in rows:
+        begins[count] = row
+        count += len(row.tokens)
+    found: list[Run] = []
+    for part in runs.parts:
+        row = begins[part.begin]
+        extent = (part.slot, part.slot + part.length)
+        if part.end > part.begin + len(row.tokens):  # shared, and so before all these tokens
+            found.append(Run(part.begin, part.end, extent, causal=False))
+            continue
+        # One token sees its own slot like all others.
+        seen = max(0, row.position + (len(row.tokens) == 1) - part.column)
+        (before, own) = cut_extents([extent], seen)
+        found.extend(Run(part.begin, part.end, of, causal=False) for of in before)
+        for of in own:
+            at = max(part.column, row.position) - row.position
+            found += own_runs(part.begin, part.end, at, of)
+    return FlashGroup(0, count, tuple(found), flash_tails(rows, runs.tails, _TAIL_STEP, device))
 
 
 def _gather(
@@ -295,7 +315,7 @@ def attend(
     """
     kv_heads, count, heads, dim = queries.shape
     if len(groups) == 1 and isinstance(groups[0], FlashGroup):
-        return attend_flash(queries, pool, layer, groups[0].runs).reshape(count, -1)
+        return attend_flash(queries, pool, layer, groups[0]).reshape(count, -1)
     flat = queries.new_empty(count, kv_heads * heads * dim)
     out = flat.view(count, kv_heads, heads, dim).transpose(0, 1)
     for group in groups:
@@ -303,7 +323,7 @@ def attend(
         written = out[:, group.begin : group.end]
         if isinstance(group, FlashGroup):
             assert softcap is None, "the fused kernel bends no scores"
-            found = attend_flash(asked, pool, layer, group.runs)
+            found = attend_flash(asked, pool, layer, group)
             flat[group.begin : group.end] = found.flatten(1)
         elif len(group.parts) == 1 and group.parts[0].length == group.width:
             written.copy_(_attend_one(asked, pool, layer, group, softcap))
