@@ -623,7 +623,7 @@ def load_generator(settings: Settings) -> Generator:
     return Generator(
         engine,
         tokenizer,
-        name=name if adapter is None else f"{name} with {adapter.name}",
+        name=name if adapter is None else f"{name}+{adapter.name}",
         is_reader=is_reader,
         stop_ids=stop_ids,
         memory=plan,

@@ -75,7 +75,7 @@ def test_the_engine_writes_what_the_adapted_model_writes(tmp_path: Path, llama: 
         generator = load_generator(chosen)
         written[name] = generator.generate(prompt, max_new_tokens=12).token_ids
         if name == "adapted":
-            assert generator.name == f"{llama} with adapter"
+            assert generator.name == f"{llama}+adapter"
             ids = torch.tensor([generator.encode(prompt)])
             expected = merged.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=[3, 1])[0, ids.shape[1] :]
             ends = [at for at, token in enumerate(expected.tolist()) if token in (1, 3)]
