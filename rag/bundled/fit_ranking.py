@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +23,20 @@ import torch
 
 from rag import evidence, ranking
 from rag.answer import Hit
+from rag.bundled.heaviest_word import heaviest_word
+from rag.bundled.made_questions import made_across_languages
 from rag.bundled.training_data import held_out, is_measured, read_rows
 from rag.document import Chunk, Document
 from rag.embedder import Embedder, load_embedder
 from rag.knowledge import FileRecord, KnowledgeBase, StoredChunk
-from rag.language import Language
+from rag.language import Language, detect_language
 from rag.quality.rewording import reword
 from rag.retriever import CANDIDATES, Retriever, WeighedQuestion
-from rag.terms import HAN, passage_terms
 
 HERE = Path(__file__).parent
+LANGUAGES: tuple[Language, ...] = ("en", "zh")
 PASSAGES_GIVEN = 4
+_PASSAGES_ACROSS = 1500
 # People ask their documents mostly what stands in them: five questions of six.
 ANSWERABLE_PRIOR = 5.0
 _SUPPORT_SIGNS = {"bias": 2, "terms": 2}
@@ -66,6 +69,19 @@ def questions_of(data: Path, language: Language) -> tuple[list[FitQuestion], lis
     return found, list(passages)
 
 
+def questions_across(data: Path, rng: random.Random) -> dict[Language, tuple[list[FitQuestion], list[str]]]:
+    """For each language of questions: held-out questions about translated passages in the other one,
+    and a collection of such passages with theirs among them."""
+    asked = [FitQuestion(*row) for row in made_across_languages(data, rng, fitting=True)]
+    others = [text for _, text, _ in made_across_languages(data, rng)]
+    found: dict[Language, tuple[list[FitQuestion], list[str]]] = {}
+    for language in LANGUAGES:
+        mine = [item for item in asked if detect_language(item.question) == language]
+        theirs = [text for text in others if detect_language(text) != language]
+        found[language] = mine, [*(item.passage for item in mine), *theirs[:_PASSAGES_ACROSS]]
+    return found
+
+
 def titles_of(data: Path) -> dict[str, str]:
     """Passage -> title of the English article it stands in."""
     titles: dict[str, str] = {}
@@ -78,20 +94,6 @@ def titles_of(data: Path) -> dict[str, str]:
 def in_other_words(item: FitQuestion, rng: random.Random) -> FitQuestion:
     """The question with some of its words replaced by near ones that its passage does not use."""
     return replace(item, question=reword(item.question, item.passage, rng.choice(_REWORDED), rng))
-
-
-_WORD = re.compile(rf"[A-Za-z0-9][\w'-]*|[{HAN}](?=([{HAN}]))")
-
-
-def heaviest_word(question: str, weights: Mapping[str, float]) -> tuple[int, int]:
-    """[start, end) of the word, or pair of Han characters, that weighs most; (0, 0) where none does."""
-    best, place = 0.0, (0, 0)
-    for match in _WORD.finditer(question):
-        start, end = match.start(), match.end() + (match[1] is not None)
-        weight = sum(weights.get(term, 0.0) for term in passage_terms(question[start:end]))
-        if weight > best:
-            best, place = weight, (start, end)
-    return place
 
 
 def of_another_subject(items: Sequence[Searched], rng: random.Random) -> list[FitQuestion]:
@@ -295,7 +297,8 @@ def _sentence_lists(
             continue
         found = item.read(tuple(order), hits)
         gold = order.index(item.gold) + 1
-        right = np.array([s.hit_number == gold and item.question.answer in s.text for s in found.sentences])
+        answer = item.question.answer
+        right = np.array([s.hit_number == gold and (answer in s.text or s.text in answer) for s in found.sentences])
         if right.any():
             lists.append((found.rows, right))
     return lists
@@ -345,8 +348,7 @@ def main() -> None:
     swapped: dict[Language, list[Searched]] = {}
     work = Path(tempfile.mkdtemp(prefix="fit-ranking-"))
     try:
-        languages: tuple[Language, ...] = ("en", "zh")
-        for language in languages:
+        for language in LANGUAGES:
             questions, passages = questions_of(options.data, language)
             rng.shuffle(questions)
             questions = questions[: options.questions]
@@ -364,16 +366,29 @@ def main() -> None:
             swapped[language] = list(search(retriever, of_another_subject(items[:cut], rng)))
             reworded[language] = list(search(retriever, [in_other_words(item, rng) for item in questions[:cut]]))
             print(f"{language}: {len(items)} questions searched", flush=True)
-        _fit_and_write(fit_parts, reworded, swapped, test_parts, options.out)
+        across: dict[Language, list[Searched]] = {}
+        for language, (questions, passages) in questions_across(options.data, rng).items():
+            base = build_base(list(dict.fromkeys(passages)), {}, embedder, work / f"across-{language}")
+            across[language] = list(search(Retriever(base, embedder), rng.sample(questions, len(questions))))
+            print(f"{language}: {len(questions)} questions about the other language searched", flush=True)
+        _fit_and_write(Parts(fit_parts, reworded, swapped, test_parts, across), options.out)
     finally:
         shutil.rmtree(work)
 
 
-def _fit_and_write(
-    fit_parts: dict[Language, list[Searched]], reworded: dict[Language, list[Searched]],
-    swapped: dict[Language, list[Searched]], test_parts: dict[Language, list[Searched]],
-    out: Path,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Searched questions by their language: to fit on; the same in other words; with another subject;
+    to measure on; and, of translations, about passages in the other language."""
+
+    fit: dict[Language, list[Searched]]
+    reworded: dict[Language, list[Searched]]
+    swapped: dict[Language, list[Searched]]
+    test: dict[Language, list[Searched]]
+    across: dict[Language, list[Searched]]
+
+
+def _fit_and_write(parts: Parts, out: Path) -> None:
     """Fit on 70% of the questions, measure on the rest.
 
     Passage weights are fitted for each language; sentence and support weights on both together, and
@@ -382,7 +397,7 @@ def _fit_and_write(
     """
     passage = {
         language: fit_listwise(_passage_lists(items), ranking.FEATURES, signs=_PASSAGE_SIGNS)
-        for language, items in fit_parts.items()
+        for language, items in parts.fit.items()
     }
     # No Chinese collection here has titles to fit on.
     share = passage["en"]["place"] / passage["en"]["coverage"]
@@ -392,31 +407,55 @@ def _fit_and_write(
             _close_lists(items, passage[language]), ranking.CLOSE_FEATURES,
             signs=dict.fromkeys(ranking.CLOSE_FEATURES, 1),
         )
-        for language, items in fit_parts.items()
+        for language, items in parts.fit.items()
     }
-    for language in fit_parts:
-        for items in (fit_parts[language], reworded[language], swapped[language], test_parts[language]):
+    for group in (parts.fit, parts.reworded, parts.swapped, parts.test, parts.across):
+        for language, items in group.items():
             _rank_all(items, passage[language], close[language])
-    both = [*fit_parts.values(), *reworded.values()]
+    print("passages fitted", flush=True)
+    own, threshold, doubt = fit_evidence([*parts.fit.values(), *parts.reworded.values()], parts.swapped.values())
+    halves = [(items[: int(len(items) * 0.7)], items[int(len(items) * 0.7) :]) for items in parts.across.values()]
+    across, across_threshold, _ = fit_evidence([items for items, _ in halves], ())
+    # One threshold serves both: the probabilities across languages are moved to where it is right for them.
+    across.support["bias"] = round(across.support["bias"] + _logit(threshold) - _logit(across_threshold), 5)
+    figures = {
+        language: _measure(items, passage[language], own, threshold) for language, items in parts.test.items()
+    }
+    across_figures = {
+        language: _measure(items, passage[language], across, threshold)
+        for language, (_, items) in zip(parts.across, halves, strict=True)
+    }
+    _write(out / "ranking.json", {"weights": passage, "close_weights": close, "figures": figures,
+                                  "figures_across": across_figures})
+    _write(out / "evidence.json", {**asdict(own), "across": asdict(across), "threshold": round(threshold, 3),
+                                   "doubt": round(doubt, 3)})
+    print(json.dumps({"own": figures, "across": across_figures}, indent=1))
+
+
+@dataclass(frozen=True, slots=True)
+class EvidenceWeights:
+    sentence: dict[str, float]
+    support: dict[str, float]
+
+
+def fit_evidence(
+    groups: Sequence[Sequence[Searched]], swapped: Iterable[Sequence[Searched]]
+) -> tuple[EvidenceWeights, float, float]:
+    """Sentence and support weights on ranked questions, and the thresholds of `fit_support`."""
     sentence = fit_listwise(
-        [row for items in both for row in _sentence_lists(items)],
-        evidence.FEATURES, signs=_SENTENCE_SIGNS,
+        [row for items in groups for row in _sentence_lists(items)], evidence.FEATURES, signs=_SENTENCE_SIGNS
     )
-    sentence_vector = np.array(list(sentence.values()))
-    print("passages and sentences fitted", flush=True)
-    parts = [_support_rows(items, sentence_vector) for items in both]
-    parts += [_support_rows(items, sentence_vector, swapped=True) for items in swapped.values()]
+    vector = np.array(list(sentence.values()))
+    parts = [_support_rows(items, vector) for items in groups]
+    parts += [_support_rows(items, vector, swapped=True) for items in swapped]
     support, threshold, doubt = fit_support(
         np.concatenate([rows for rows, _ in parts]), np.concatenate([labels for _, labels in parts])
     )
-    figures = {
-        language: _measure(items, passage[language], sentence, support, threshold)
-        for language, items in test_parts.items()
-    }
-    _write(out / "ranking.json", {"weights": passage, "close_weights": close, "figures": figures})
-    _write(out / "evidence.json", {"sentence": sentence, "support": support, "threshold": round(threshold, 3),
-                                    "doubt": round(doubt, 3)})
-    print(json.dumps(figures, indent=1))
+    return EvidenceWeights(sentence, support), threshold, doubt
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share))
 
 
 def _passage_lists(items: Sequence[Searched]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -427,16 +466,15 @@ def _passage_lists(items: Sequence[Searched]) -> list[tuple[np.ndarray, np.ndarr
 
 
 def _measure(
-    items: Sequence[Searched], passage: dict[str, float], sentence: dict[str, float],
-    support: dict[str, float], threshold: float,
+    items: Sequence[Searched], passage: dict[str, float], weights: EvidenceWeights, threshold: float
 ) -> dict[str, float]:
     """Figures on questions that nothing was fitted on."""
     lists = _passage_lists(items)
     found = len(lists) / max(1, len(items))
     first = [next(iter(item.scores)) == item.gold for item in items]
     only = {name: dict.fromkeys(ranking.FEATURES, 0.0) | {name: 1.0} for name in ("bm25", "dense")}
-    rows, labels = _support_rows(items, np.array(list(sentence.values())))
-    probability = 1 / (1 + np.exp(-(rows @ np.array(list(support.values())))))
+    rows, labels = _support_rows(items, np.array(list(weights.sentence.values())))
+    probability = 1 / (1 + np.exp(-(rows @ np.array(list(weights.support.values())))))
     said = probability >= threshold
     above = probability[labels][:, None] > probability[~labels][None, :]
     return {
@@ -446,7 +484,7 @@ def _measure(
         "hit@1 first stage": round(first_right(lists, passage) * found, 4),
         "hit@1 bm25": round(first_right(lists, only["bm25"]) * found, 4),
         "hit@1 dense": round(first_right(lists, only["dense"]) * found, 4),
-        "sentence@1": round(first_right(_sentence_lists(items), sentence), 4),
+        "sentence@1": round(first_right(_sentence_lists(items), weights.sentence), 4),
         "support AUC": round(float(above.mean()), 4),
         "answerable kept": round(float(said[labels].mean()), 4),
         "unanswerable refused": round(float((~said[~labels]).mean()), 4),

@@ -35,7 +35,7 @@ from rag.extractor import BUNDLED, GAP
 from rag.soft_match import bundled_table
 
 # How often a question of each source is seen in one pass: few and good ones more often.
-SHARES = {"squad1.1-train": 1.0, "medquad": 0.3, "made": 0.6, "drcd-dev-s2t": 4.0, "cmrc2018-trial": 4.0,
+SHARES = {"squad1.1-train": 1.0, "medquad": 0.3, "made": 0.6, "patterns": 1.0, "translated": 1.0, "drcd-dev-s2t": 4.0, "cmrc2018-trial": 4.0,
           "lecoqa-train": 3.0}
 _POOL = 32  # batches sorted by length together
 _AVERAGE = 0.999
@@ -46,9 +46,9 @@ Row = tuple[Ids, Ids, list[tuple[int, int]]]  # question, passages with gaps, sp
 
 def make_row(item: Asked, reading: Reading, negatives: Sequence[int], rng: random.Random) -> Row:
     """One question with its own passage among others, or (three times in ten) without it."""
-    answered = rng.random() < 0.7
-    others = rng.sample(list(negatives), rng.choice((1, 1, 2)) if answered else rng.choice((1, 2)))
-    order: list[int | None] = [*others, None] if answered else list(others)
+    with_own = not item.answered or rng.random() < 0.7
+    others = rng.sample(list(negatives), rng.choice((1, 1, 2)) if with_own else rng.choice((1, 2)))
+    order: list[int | None] = [*others, None] if with_own else list(others)
     rng.shuffle(order)
     parts: list[Ids] = []
     spans: list[tuple[int, int]] = []
@@ -57,7 +57,7 @@ def make_row(item: Asked, reading: Reading, negatives: Sequence[int], rng: rando
         ids = reading.passages[item.passage if number is None else number]
         low = _window(len(ids), item.spans if number is None else (), rng)
         part = ids[low : low + LONGEST_PASSAGE]
-        if number is None:
+        if number is None and item.answered:
             inside = item.spans or [(n, n) for n in range(low, low + len(part))]
             spans += [(at + a - low, at + b - low) for a, b in inside if a >= low and b < low + len(part)]
         parts += [part, np.full(GAP, -1, dtype=np.int32)]
@@ -126,10 +126,10 @@ def measure(model: ExtractorModel, rows: Sequence[Row]) -> dict[str, float]:
     model.eval()
     starts: list[float] = []
     gaps: list[tuple[float, bool]] = []
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for begin in range(0, len(rows), 32):
             question, passages, right, _ = collate(rows[begin : begin + 32])
-            start, end = model(question, passages)
+            start, end = (logits.float() for logits in model(question, passages))
             best = start[:, :-1].argmax(1)
             gap = start[:, :-1].logsumexp(1) - start[:, -1] + end[:, :-1].logsumexp(1) - end[:, -1]
             for at in range(len(best)):
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="a third of it with --start-from")
     parser.add_argument("--made", type=int, default=40_000, help="Chinese questions made from text")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--start-from", type=Path, help="go on from the weights in this folder")
@@ -184,7 +184,7 @@ def train(reading: Reading, heldout: dict[str, Reading], options: argparse.Names
         for language, part in heldout.items()
     }
     shape = ExtractorShape(width=options.width)
-    model = ExtractorModel(shape, torch.from_numpy(bundled_table().table))
+    model = ExtractorModel(shape, torch.from_numpy(bundled_table().table).bfloat16())
     if options.start_from:
         model.load_state_dict(load_file(options.start_from / "model.safetensors"), strict=False)
     average = {name: value.detach().clone() for name, value in model.named_parameters()}
