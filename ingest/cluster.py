@@ -24,6 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any, Protocol
 
+from ingest.ocr import find_tesseract
 from ingest.parsers import Limits, ProcessWorkers, Splitting
 from ingest.scan import SourceFile
 from rag.errors import ClusterError, InputError
@@ -50,7 +51,7 @@ _File = tuple[str, bytes]  # path in the base, content
 
 @lru_cache(maxsize=4)
 def describe_program(embedder: str) -> dict[str, str]:
-    """What must be the same on all machines for the result to be: code, packages, embedder."""
+    """What must be the same on all machines for the result to be: code, embedder, OCR, packages."""
     from rag.embedder import load_embedder
 
     project = Path(__file__).resolve().parent.parent
@@ -59,7 +60,11 @@ def describe_program(embedder: str) -> dict[str, str]:
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.relative_to(project).as_posix().encode() + file.read_bytes().replace(b"\r\n", b"\n"))
-    facts = {"program": digest.hexdigest()[:16], "embedder": load_embedder(embedder).fingerprint}
+    tesseract = find_tesseract()
+    facts = {
+        "program": digest.hexdigest()[:16], "embedder": load_embedder(embedder).fingerprint,
+        "tesseract": tesseract.languages if tesseract else "missing",
+    }
     for package in _PACKAGES:
         try:
             facts[package] = version(package)

@@ -255,7 +255,14 @@ class ProcessWorkers:
     ) -> list[dict[str, Any]] | str:
         """`ask` for files on this machine, each with its path in the base."""
         with self._lock:
-            worker = self._idle.popleft() if self._idle else None
+            worker = None
+            while worker is None and self._idle:
+                idle = self._idle.popleft()
+                if idle.is_alive:
+                    worker = idle
+                else:  # ended by something else; this file is not to blame
+                    idle.stop()
+                    self._workers.remove(idle)
             if worker is None:
                 worker = _Worker(self._limits)
                 self._workers.append(worker)

@@ -18,7 +18,7 @@ from test_ingest import contents, write
 
 from ingest import Limits, Progress, sync
 from ingest.__main__ import main
-from ingest.parsers import ParserPool, Splitting
+from ingest.parsers import ParserPool, ProcessWorkers, Splitting
 from ingest.scan import SourceFile
 from ingest.splitter import split_document
 from rag.embedder import BUNDLED, TransformerEmbedder, load_embedder
@@ -215,6 +215,18 @@ def test_a_run_whose_last_worker_is_gone_ends_with_an_error(tmp_path: Path, monk
     with ParserPool(Limits(), workers=workers_of(SilentExecutor(), count=0)) as pool, \
             pytest.raises(ClusterError, match="no worker for 0.05 s"):
         list(pool.parse(sources(tmp_path, "a.md")))
+
+
+def test_a_file_is_not_blamed_for_a_process_that_ended_before_it_came(tmp_path: Path) -> None:
+    pool = ProcessWorkers(Limits(), num_at_once=1)
+    file = write(tmp_path / "a.md", "# A\n\nWords.")
+    for _ in range(2):
+        answers = pool.ask_for([(str(file), "a.md")], None)
+        assert isinstance(answers, list) and answers[0]["document"]["title"] == "A"
+        (worker,) = pool._workers
+        worker._process.kill()
+        worker._process.wait()
+    pool.stop()
 
 
 def test_only_so_many_bytes_are_on_their_way_and_a_larger_file_goes_alone() -> None:
