@@ -20,12 +20,13 @@ from app.markup import (
     live_html,
     notice_html,
     question_html,
+    scope_text,
     sources_html,
 )
 from app.session import say
 from rag.answer import Answer
 from rag.errors import KnowledgeBaseError
-from rag.knowledge import KnowledgeBase
+from rag.store import Store
 
 _LOOK_SECONDS = 0.08  # between two looks at an answer that is being written
 _HTML_KEPT = 200  # rendered turns a session remembers
@@ -86,7 +87,7 @@ def show() -> None:
     settings = session.settings()
     store = session.model_store()
     try:
-        base = store.base(settings.kb)
+        base = store.base(settings)
     except KnowledgeBaseError as error:
         knowledge_page.show_missing(str(error))
         return
@@ -108,6 +109,8 @@ def show() -> None:
     # In a container of its own: at the end of the page itself Streamlit would scroll to the bottom
     # whenever anything grows, and a source that is opened would jump out of sight.
     with st.container(key="composer"):
+        if not session.where().is_everything:
+            st.html(f'<div class="lr-muted lr-scope">{scope_text(session.where(), session.language())}</div>')
         question = st.chat_input(say("ask_placeholder"), key="question", max_chars=4000)
     if question and question.strip():
         ask(question.strip())
@@ -129,7 +132,7 @@ def ask(question: str, *, search_text: str | None = None, replace_last: bool = F
     store = session.model_store()
     if replace_last and conversation.turns and conversation.turns[-1].is_ended:
         conversation.turns.pop()
-    turn = Turn(question, search_text=search_text)
+    turn = Turn(question, search_text=search_text, where=session.where())
     conversation.turns.append(turn)
     if not conversation.title:
         conversation.title = shorten(question)
@@ -139,7 +142,7 @@ def ask(question: str, *, search_text: str | None = None, replace_last: bool = F
     )
 
 
-def _show_welcome(base: KnowledgeBase) -> None:
+def _show_welcome(base: Store) -> None:
     st.html(
         f'<div class="lr-welcome"><h1>{say("title")}</h1><p>{say("tagline")}</p></div>'
     )
@@ -161,7 +164,7 @@ def _show_welcome(base: KnowledgeBase) -> None:
 # one turn
 
 
-def _show_turn(turn: Turn, base: KnowledgeBase, *, is_last: bool) -> None:
+def _show_turn(turn: Turn, base: Store, *, is_last: bool) -> None:
     rendered = _rendered(turn, base)
     st.html(rendered.question)
     if rendered.searched:
@@ -183,7 +186,7 @@ class _Rendered:
     cost: str
 
 
-def _rendered(turn: Turn, base: KnowledgeBase) -> _Rendered:
+def _rendered(turn: Turn, base: Store) -> _Rendered:
     """A finished turn as HTML; made once for each state of the knowledge base."""
     language = session.language()
     key = (turn.id, turn.state, language, base.generation, str(base.folder))
@@ -192,8 +195,10 @@ def _rendered(turn: Turn, base: KnowledgeBase) -> _Rendered:
         while len(kept) >= _HTML_KEPT:
             kept.pop(next(iter(kept)))
         searched = ""
+        if not turn.where.is_everything:
+            searched = f'<div class="lr-muted lr-searched">{scope_text(turn.where, language)}</div>'
         if turn.searched and turn.searched != turn.question:
-            searched = (
+            searched += (
                 f'<div class="lr-muted lr-searched">{say("searched_for")}: {escape(turn.searched)}</div>'
             )
         sources = ""
@@ -207,7 +212,7 @@ def _rendered(turn: Turn, base: KnowledgeBase) -> _Rendered:
     return kept[key]
 
 
-def _documents(answer: Answer, base: KnowledgeBase) -> dict[str, str]:
+def _documents(answer: Answer, base: Store) -> dict[str, str]:
     """The texts of the files that the answer's passages come from, as far as they are still there."""
     texts: dict[str, str] = {}
     for path in {hit.chunk.path for hit in answer.hits}:

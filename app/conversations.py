@@ -17,8 +17,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rag.answer import Answer, Citation, GenerationStats, Hit
+from rag.answer import Answer, Citation, Disagreement, GenerationStats, Hit
 from rag.document import Chunk
+from rag.filter import EVERYTHING, Filter
+from rag.sentences import one_line
 from rag.stopping import Stop
 
 State = Literal[
@@ -44,12 +46,14 @@ CREATE INDEX IF NOT EXISTS turns_by_conversation ON turns(conversation, position
 class Turn:
     """One question and what came of it. The worker that answers writes into it, pages read it.
 
-    `search_text` is what to search for where the user corrected it, `searched` what was searched.
+    `search_text` is what to search for where the user corrected it, `searched` what was searched,
+    `where` the part of the knowledge base that was asked.
     `feedback` is 1 for useful, 0 for not, None where nobody said.
     """
 
     question: str
     search_text: str | None = None
+    where: Filter = EVERYTHING
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     state: State = "queued"
     text: str = ""
@@ -71,7 +75,7 @@ class Turn:
         return {
             "state": self.state, "searched": self.searched, "error": self.error,
             "unexpected": self.unexpected, "seconds_search": self.seconds_search,
-            "created": self.created, "answer": asdict(self.answer) if self.answer else None,
+            "created": self.created, "where": self.where.to_dict(), "answer": asdict(self.answer) if self.answer else None,
         }
 
     @classmethod
@@ -81,7 +85,7 @@ class Turn:
         values = json.loads(data)
         answer = _answer(values["answer"]) if values["answer"] else None
         return cls(
-            question=question, id=id, state=values["state"], text=text,
+            question=question, where=Filter.from_dict(values.get("where", {})), id=id, state=values["state"], text=text,
             searched=values["searched"], answer=answer, hits=answer.hits if answer else (),
             error=values["error"], unexpected=values["unexpected"],
             seconds_search=values["seconds_search"], created=values["created"], feedback=feedback,
@@ -116,7 +120,7 @@ class Conversation:
             lines += [shown, ""]
             for citation in turn.answer.citations if turn.answer else ():
                 page = f", p. {citation.page}" if citation.page is not None else ""
-                quote = " ".join(citation.quote.split())
+                quote = one_line(citation.quote)
                 lines.append(f"- [{citation.marker}] {_plain(citation.path)}{page}: “{quote}”")
             if turn.answer and turn.answer.citations:
                 lines.append("")
@@ -221,13 +225,13 @@ class ConversationStore:
 
 def shorten(question: str) -> str:
     """A question as a title."""
-    line = " ".join(question.split())
+    line = one_line(question)
     return line if len(line) <= _TITLE_CHARACTERS else line[: _TITLE_CHARACTERS - 1] + "…"
 
 
 def _plain(text: str) -> str:
     """One line, whose signs no Markdown viewer takes for markup."""
-    line = " ".join(text.split())
+    line = one_line(text)
     return "".join(f"\\{sign}" if sign in "\\`*_[]<>#!|" else sign for sign in line)
 
 
@@ -243,4 +247,8 @@ def _answer(values: dict[str, Any]) -> Answer:
         unsupported=tuple(values["unsupported"]), confidence=values["confidence"],
         stats=GenerationStats(**values["stats"]), prompt=values.get("prompt", ""),
         doubtful=values.get("doubtful", False),
+        disagreements=tuple(
+            Disagreement(**{**each, "first": Citation(**each["first"]), "second": Citation(**each["second"])})
+            for each in values.get("disagreements", ())
+        ),
     )

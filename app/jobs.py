@@ -66,7 +66,7 @@ class Job:
             # Only now: the turn before this one may have been answered a moment ago.
             history = self.conversation.history(before=turn)
             turn.searched = turn.search_text or search_question(turn.question, history)
-            retrieval = rag.retriever.search_batch([turn.searched], rag.settings.top_k)[0]
+            retrieval = rag.retriever.search_batch([turn.searched], rag.settings.top_k, where=turn.where)[0]
             turn.seconds_search = time.perf_counter() - began
             turn.hits = retrieval.hits
             if turn.stop.is_set:
@@ -89,7 +89,7 @@ class Job:
             finally:
                 stream.close()
         finally:
-            rag.base.close()  # this thread's connection
+            rag.base.release()  # this thread's connection
         raise AssertionError("a stream ends with its Answer")
 
     def _opened(self) -> Rag | None:
@@ -105,7 +105,7 @@ class Job:
 
     def _open(self) -> Rag:
         rag = self.open_rag()
-        rag.base.close()  # this thread's connection
+        rag.base.release()  # this thread's connection
         return rag
 
 

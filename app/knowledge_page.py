@@ -28,6 +28,7 @@ from app.uploads import (
 )
 from rag.errors import KnowledgeBaseError, RagError
 from rag.knowledge import DATABASE, FileRecord, KnowledgeBase
+from rag.store import Store
 
 _LOOK_SECONDS = 0.25
 _SEARCH_RESULTS = 10
@@ -38,13 +39,16 @@ def show() -> None:
     settings = session.settings()
     job = session.sync_desk().current(settings.kb)
     try:
-        base = session.model_store().base(settings.kb)
+        base = session.model_store().base(settings)
     except KnowledgeBaseError as error:
         show_missing(str(error))
         _show_add()
         return
     st.html(f'<h1 class="lr-title">{say("knowledge")}</h1>')
-    _show_choice(base)
+    if settings.store == "embedded":
+        _show_choice(base)
+    else:
+        st.html(f'<div class="lr-muted">{say("kept_in_milvus", uri=escape(settings.milvus_uri))}</div>')
     records = list(base.files().values())
     _show_figures(base, records)
     if job is not None:
@@ -62,7 +66,10 @@ def show_missing(message: str) -> None:
     settings = session.settings()
     job = session.sync_desk().current(settings.kb)
     st.html(f'<div class="lr-welcome"><h1>{say("no_kb")}</h1><p>{say("no_kb_note")}</p></div>')
-    st.code(f"python -m ingest FOLDER --kb {settings.kb}", language=None)
+    where = f"--kb {settings.kb}"
+    if settings.store != "embedded":
+        where += f" --store {settings.store} --milvus-uri {settings.milvus_uri}"
+    st.code(f"python -m ingest FOLDER {where}", language=None)
     if session.HANDBOOK.is_dir() and st.button(
         say("build_handbook"), type="primary", icon=":material/auto_stories:", key="build-handbook",
         disabled=session.sync_desk().is_busy(settings.kb),
@@ -81,7 +88,7 @@ def show_missing(message: str) -> None:
 # which one
 
 
-def _show_choice(base: KnowledgeBase) -> None:
+def _show_choice(base: Store) -> None:
     """The knowledge bases that stand side by side in one folder, and a new one among them."""
     current = base.folder.resolve()
     known = sorted(
@@ -112,14 +119,15 @@ def _show_choice(base: KnowledgeBase) -> None:
         st.rerun()
 
 
-def _show_figures(base: KnowledgeBase, records: list[FileRecord]) -> None:
+def _show_figures(base: Store, records: list[FileRecord]) -> None:
     failed = sum(record.status == "failed" for record in records)
-    size = sum(entry.stat().st_size for entry in base.folder.iterdir() if entry.is_file())
     figures = [
         (number(len(records)), say("files")), (number(base.count_chunks()), say("chunks_column")),
         (size_text(sum(record.size for record in records)), say("size_of_files")),
-        (size_text(size), say("size_on_disk")),
     ]
+    if isinstance(base, KnowledgeBase):
+        size = sum(entry.stat().st_size for entry in base.folder.iterdir() if entry.is_file())
+        figures.append((size_text(size), say("size_on_disk")))
     if failed:
         figures.append((number(failed), say("failed_files")))
     shown = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for value, name in figures)
@@ -259,7 +267,7 @@ def _take(given: Sequence[Any]) -> None:
     st.rerun()
 
 
-def _show_sync(base: KnowledgeBase) -> None:
+def _show_sync(base: Store) -> None:
     settings = session.settings()
     names = uploaded_names(upload_folder(settings.kb))
     if names:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 from app.conversations import Turn
 from app.texts import InterfaceLanguage, number, text
-from rag.answer import Answer, Citation, GenerationStats, Hit
+from rag.answer import Answer, Citation, Disagreement, GenerationStats, Hit
+from rag.filter import Filter
+from rag.sentences import one_line
 
 _MARKER = re.compile(r"\[(\d{1,3})\]")
 _AROUND = 200  # characters of the document shown before and after a passage
@@ -28,7 +30,7 @@ def escape(value: str) -> str:
 
 def escape_label(value: str) -> str:
     """Text for a widget's label, which Streamlit would otherwise read as Markdown."""
-    line = " ".join(_CONTROL.sub("", value).split())
+    line = one_line(_CONTROL.sub("", value))
     return re.sub(r"([\\`*_{}\[\]()<>#+\-.!|~:$&^])", r"\\\1", line)
 
 
@@ -60,6 +62,7 @@ def answer_html(turn: Turn, language: InterfaceLanguage) -> str:
     if answer.stats.finish_reason == "length" and answer.kind == "generated":
         notes.append(text(language, "cut_note"))
     doubt = f'<p class="lr-note lr-doubt">{text(language, "doubtful_note")}</p>' if answer.doubtful else ""
+    doubt += "".join(_disagreement(each, answer, turn.id, language) for each in answer.disagreements)
     below = "".join(f'<p class="lr-note">{note}</p>' for note in notes)
     return (
         f'<div class="lr-answer" data-kind="{answer.kind}">'
@@ -67,6 +70,40 @@ def answer_html(turn: Turn, language: InterfaceLanguage) -> str:
         f'<span>{text(language, answer.kind + "_note")}</span></div>'
         f'{doubt}<div class="lr-text">{_answer_text(answer, turn.id)}</div>{below}</div>'
     )
+
+
+def _disagreement(each: Disagreement, answer: Answer, turn_id: str, language: InterfaceLanguage) -> str:
+    """What two places say differently, each with its source."""
+    quotes = _quotes(answer)
+    lines = "".join(
+        f"<span>{said} {_with_markers(f'[{citation.marker}]', quotes, turn_id)}</span>"
+        for citation, words in ((each.first, each.first_words), (each.second, each.second_words))
+        for said in [text(
+            language, "disagree_line", words=escape(one_line(words)), path=escape(citation.path)
+        )]
+    )
+    return f'<div class="lr-notice lr-notice-disagree" role="note"><b>{text(language, "disagree")}</b>{lines}</div>'
+
+
+def _shown_citations(answer: Answer) -> list[Citation]:
+    """What the answer cites, and the places that disagree, each once."""
+    both = [citation for each in answer.disagreements for citation in (each.first, each.second)]
+    return list(dict.fromkeys((*answer.citations, *both)))
+
+
+def _quotes(answer: Answer) -> dict[int, list[Citation]]:
+    found: dict[int, list[Citation]] = {}
+    for citation in _shown_citations(answer):
+        found.setdefault(citation.marker, []).append(citation)
+    return found
+
+
+def scope_text(where: Filter, language: InterfaceLanguage) -> str:
+    """One line that says which files are asked, escaped."""
+    parts = [*(f"{folder}/" for folder in where.under), *where.file, *where.type]
+    parts += [text(language, "scope_from_day", day=where.since)] * bool(where.since)
+    parts += [text(language, "scope_to_day", day=where.until)] * bool(where.until)
+    return escape(text(language, "scope_line", parts=" · ".join(parts)))
 
 
 def progress_html(
@@ -145,9 +182,7 @@ def notice_html(title: str, body: str, *, kind: str = "failed") -> str:
 
 def _answer_text(answer: Answer, turn_id: str) -> str:
     """The answer with unsupported sentences marked and `[n]` leading to its source."""
-    quotes: dict[int, list[Citation]] = {}
-    for citation in answer.citations:
-        quotes.setdefault(citation.marker, []).append(citation)
+    quotes = _quotes(answer)
     spans: list[tuple[int, int]] = []
     for sentence in answer.unsupported:
         start = answer.text.find(sentence)
@@ -174,7 +209,7 @@ def _with_markers(value: str, quotes: dict[int, list[Citation]], turn_id: str) -
         pieces.append(escape(value[last : match.start()].rstrip(" ")))
         marker = int(match.group(1))
         if marker in quotes:
-            tip = "\n".join(" ".join(citation.quote.split()) for citation in quotes[marker])
+            tip = "\n".join(one_line(citation.quote) for citation in quotes[marker])
             pieces.append(
                 f'<a class="lr-chip" href="#{source_id(turn_id, marker)}" '
                 f'title="{escape(tip[:600])}">{marker}</a>'
@@ -259,7 +294,7 @@ def sources_html(
     answer: Answer, turn_id: str, documents: dict[str, str], language: InterfaceLanguage
 ) -> str:
     """Every passage of an answer: those it cites first. `documents` holds the files' texts now."""
-    cited_numbers = sorted({citation.marker for citation in answer.citations})
+    cited_numbers = sorted({citation.marker for citation in _shown_citations(answer)})
     cited = [_source(answer, n, turn_id, documents, language) for n in cited_numbers]
     rest = [
         _source(answer, n, turn_id, documents, language)
@@ -283,7 +318,7 @@ def _source(
     answer: Answer, marker: int, turn_id: str, documents: dict[str, str], language: InterfaceLanguage
 ) -> str:
     hit = answer.hits[marker - 1]
-    citations = [citation for citation in answer.citations if citation.marker == marker]
+    citations = [citation for citation in _shown_citations(answer) if citation.marker == marker]
     page = citations[0].page if citations else hit.page
     start, end = (citations[0].start, citations[0].end) if citations else (hit.chunk.start, hit.chunk.end)
     return _card(
@@ -317,7 +352,7 @@ def _card(
             if chunk.text[a - chunk.start : b - chunk.start] == quote and a >= chunk.start
         ]
         shown = segments(chunk.text, 0, len(chunk.text), inside)
-    preview = " ".join((cited[0][2] if cited else chunk.text).split())
+    preview = one_line(cited[0][2] if cited else chunk.text)
     place = [escape(part) for part in dict.fromkeys((chunk.title, *chunk.headings)) if part]
     where = f'<span class="lr-page">{text(language, "page", number=page)}</span>' if page else ""
     body = _segments_html(shown, anchor)
@@ -389,7 +424,7 @@ def cost_html(turn: Turn, language: InterfaceLanguage) -> str:
     total = max(sum(seconds for _, seconds in steps), 1e-6)
     summary = [_seconds(total, language)]
     if answer.stats.generator:
-        tokens = text(language, "brief_tokens", count=number(answer.stats.new_tokens))
+        tokens = text(language, "brief_tokens", count=_count(answer.stats, answer.stats.new_tokens, language))
         summary += [tokens, escape(answer.stats.device)]
     note = "" if answer.stats.generator else f'<p class="lr-note">{text(language, "no_model")}</p>'
     figures = "".join(
@@ -441,11 +476,11 @@ def _figures(turn: Turn, answer: Answer, language: InterfaceLanguage) -> list[tu
             reused += f" ({stats.reused_tokens / stats.prompt_tokens:.0%})"
         first = turn.seconds_search + stats.seconds_retrieval + stats.seconds_to_first_token
         figures = [
-            (text(language, "prompt_tokens"), number(stats.prompt_tokens)),
+            (text(language, "prompt_tokens"), _count(stats, stats.prompt_tokens, language)),
             (text(language, "reused_tokens"), reused),
             (text(language, "first_token"), _seconds(first, language)),
-            (text(language, "new_tokens"), number(stats.new_tokens)),
-            (text(language, "tokens_per_second"), number(stats.tokens_per_second)),
+            (text(language, "new_tokens"), _count(stats, stats.new_tokens, language)),
+            (text(language, "tokens_per_second"), _count(stats, stats.tokens_per_second, language)),
             (text(language, "model"), escape(stats.generator)),
             (text(language, "device"), escape(f"{stats.device} · {stats.dtype}")),
         ]
@@ -460,6 +495,11 @@ def _figures(turn: Turn, answer: Answer, language: InterfaceLanguage) -> list[tu
     if answer.kind != "refused" or stats.generator:
         figures.append((text(language, "confidence"), f"{answer.confidence:.0%}"))
     return figures
+
+
+def _count(stats: GenerationStats, value: float, language: InterfaceLanguage) -> str:
+    """A number of tokens, which some generators elsewhere don't tell: then it was reckoned from the text."""
+    return text(language, "about", value=number(value)) if stats.counts_estimated else number(value)
 
 
 def _passages_table(answer: Answer, language: InterfaceLanguage) -> str:

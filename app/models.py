@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from rag.confidence import Calibration
 from rag.embedder import Embedder, load_embedder
-from rag.knowledge import DATABASE, KnowledgeBase
+from rag.knowledge import DATABASE
 from rag.pipeline import Rag
 from rag.settings import Settings
+from rag.store import Store, open_store
 
 if TYPE_CHECKING:
     from rag.generator import Generator
@@ -40,16 +41,17 @@ class ModelStore:
         self._loading = threading.Lock()
         self._embedders: dict[tuple[str, str], Embedder] = {}
         self._generators: OrderedDict[tuple[str, str, str, str], LoadedGenerator] = OrderedDict()
-        self._bases: dict[tuple[str, int], KnowledgeBase] = {}
+        self._bases: dict[tuple[str, int], Store] = {}
         self._rags: OrderedDict[tuple[Settings, int], Rag] = OrderedDict()
         self._warming: set[Settings] = set()
 
-    def base(self, folder: str) -> KnowledgeBase:
-        """The knowledge base in `folder`. Raises KnowledgeBaseError where there is none."""
-        key = _identity(folder)
+    def base(self, settings: Settings) -> Store:
+        """The knowledge base that the settings name. Raises KnowledgeBaseError where there is none."""
+        key = _identity(settings)
         with self._lock:
             if key not in self._bases:
-                self._bases[key] = KnowledgeBase.open(folder)
+                self._bases[key] = open_store(settings)
+                Path(settings.kb).mkdir(parents=True, exist_ok=True)  # of conversations and uploads
             return self._bases[key]
 
     def embedder(self, settings: Settings) -> Embedder:
@@ -61,10 +63,10 @@ class ModelStore:
 
     def searcher(self, settings: Settings) -> Rag:
         """For retrieval: no language model is loaded for it."""
-        key = (settings, _identity(settings.kb)[1])
+        key = (settings, _identity(settings)[1])
         with self._lock:
             if key not in self._rags:
-                base = self.base(settings.kb)
+                base = self.base(settings)
                 self._rags[key] = Rag(base, self.embedder(settings), settings)
                 while len(self._rags) > _KEPT_RAGS:
                     self._rags.popitem(last=False)
@@ -121,22 +123,17 @@ class ModelStore:
         except RagError:
             return
 
-    def forget_base(self, folder: str) -> None:
-        """Open the base anew next time, as after it was made from nothing."""
-        with self._lock:
-            resolved = str(Path(folder).resolve())
-            self._bases = {key: base for key, base in self._bases.items() if key[0] != resolved}
-            self._rags.clear()
-
 
 def _generator_key(settings: Settings) -> tuple[str, str, str, str]:
     return (settings.generator, settings.adapter, settings.device, settings.dtype)
 
 
-def _identity(folder: str) -> tuple[str, int]:
+def _identity(settings: Settings) -> tuple[str, int]:
     """The base's place and its file's number: a base made anew in the same place is another one."""
-    file = Path(folder) / DATABASE
+    if settings.store != "embedded":
+        return f"{settings.milvus_uri} {settings.kb}", 0
+    folder = str(Path(settings.kb).resolve())
     try:
-        return str(Path(folder).resolve()), file.stat().st_ino
+        return folder, (Path(settings.kb) / DATABASE).stat().st_ino
     except OSError:
-        return str(Path(folder).resolve()), 0
+        return folder, 0

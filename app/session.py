@@ -15,6 +15,7 @@ from app.jobs import Desk
 from app.models import ModelStore
 from app.syncing import SyncDesk
 from app.texts import InterfaceLanguage, language_of_locale, text
+from rag.filter import EVERYTHING, Filter
 from rag.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -80,9 +81,16 @@ def settings() -> Settings:
     return chosen
 
 
+def where() -> Filter:
+    """The part of the knowledge base that this session asks."""
+    chosen: Filter = st.session_state.get("where", EVERYTHING)
+    return chosen
+
+
 def use_base(folder: str) -> None:
     """Go over to another knowledge base, and to a new conversation about it."""
     st.session_state["settings"] = replace(settings(), kb=folder)
+    st.session_state["where"] = EVERYTHING
     open_conversation(None)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 
 import streamlit as st
 from streamlit.navigation.page import StreamlitPage
@@ -16,6 +17,7 @@ from app.models import LoadedGenerator
 from app.session import say
 from app.texts import LANGUAGES, number
 from rag.errors import RagError
+from rag.filter import Filter
 from rag.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ def show(pages: Sequence[StreamlitPage]) -> None:
         for page in pages:
             st.page_link(page)
         _show_conversations(pages[0])
+        _show_filter()
         _show_settings()
         _show_language()
 
@@ -75,6 +78,57 @@ def _show_conversations(chat: StreamlitPage) -> None:
                 st.switch_page(chat)
 
 
+def _show_filter() -> None:
+    """Which files the next questions are asked of."""
+    settings = session.settings()
+    try:
+        base = session.model_store().base(settings)
+    except RagError:
+        return  # the page itself says what is missing and what to do
+    files = {path: record for path, record in base.files().items() if record.status == "ok"}
+    if len(files) < 2:
+        return
+    has_dates = all(record.modified is not None for record in files.values())
+    name = f"{settings.kb} {settings.milvus_uri}"  # other choices for another base
+    with st.expander(
+        say("scope") if session.where().is_everything else say("scope_on"), icon=":material/filter_alt:"
+    ):
+        folders = st.multiselect(
+            say("scope_folders"), folders_of(files), key=f"scope-folders {name}", placeholder=say("scope_any")
+        )
+        types = st.multiselect(
+            say("scope_types"), types_of(files), key=f"scope-types {name}", placeholder=say("scope_any")
+        )
+        glob = st.text_input(say("scope_name"), key=f"scope-name {name}", placeholder="lease*, *2024*")
+        since = until = None
+        if has_dates:
+            first, last = st.columns(2)
+            since = first.date_input(say("scope_since"), value=None, key=f"scope-since {name}", format="YYYY-MM-DD")
+            until = last.date_input(say("scope_until"), value=None, key=f"scope-until {name}", format="YYYY-MM-DD")
+        globs = [part.strip() for part in glob.replace("，", ",").split(",") if part.strip()]
+        try:
+            chosen = Filter(folders, globs, types, since, until)
+            count = len(base.matching(chosen))
+        except RagError as error:
+            st.html(notice_html(say("scope"), str(error)))
+            return
+        line = say("scope_count", count=number(count), total=number(len(files)))
+        st.html(f'<div class="lr-muted">{escape(line)}</div>')
+    if chosen != session.where():
+        st.session_state["where"] = chosen
+        st.rerun()
+
+
+def folders_of(paths: Iterable[str]) -> list[str]:
+    """Every folder that holds a file, and those above it."""
+    return sorted({str(parent) for path in paths for parent in PurePosixPath(path).parents if str(parent) != "."})
+
+
+def types_of(paths: Iterable[str]) -> list[str]:
+    """Every ending of a file's name."""
+    return sorted({suffix[1:].lower() for path in paths if (suffix := PurePosixPath(path).suffix)})
+
+
 def _show_settings() -> None:
     settings = session.settings()
     with st.expander(say("settings"), icon=":material/tune:"):
@@ -98,7 +152,9 @@ def _show_settings() -> None:
         st.session_state["settings"] = changed
         with st.form("models", border=False):
             generator = st.text_input(say("generator"), settings.generator, key="set-generator")
-            folder = st.text_input(say("kb_folder"), settings.kb, key=f"set-kb-{settings.kb}")
+            folder = st.text_input(
+                say("kb_folder"), settings.kb, key=f"set-kb-{settings.kb}", disabled=settings.store != "embedded"
+            )
             is_sent = st.form_submit_button(say("apply"), width="stretch")
         if is_sent:
             _apply(changed, generator.strip(), folder.strip())
@@ -113,7 +169,7 @@ def _show_settings() -> None:
         )
         st.html(f'<div class="lr-muted">{escape(line)}</div>')
     try:
-        base = session.model_store().base(settings.kb)
+        base = session.model_store().base(settings)
     except RagError:
         return  # the page itself says what is missing and what to do
     line = say("holds", files=number(len(base.files())), chunks=number(base.count_chunks()))

@@ -14,7 +14,7 @@ from app.syncing import find_file
 from app.texts import InterfaceLanguage, text
 from rag.answer import Answer
 from rag.errors import RagError
-from rag.knowledge import KnowledgeBase
+from rag.store import Store
 
 _MAX_PLACES = 4  # buttons under an answer
 
@@ -54,7 +54,7 @@ def places(answer: Answer) -> list[Place]:
     return list(found.values())[:_MAX_PLACES]
 
 
-def show(base: KnowledgeBase, place: Place) -> None:
+def show(base: Store, place: Place) -> None:
     """Open the file in a dialog."""
 
     @st.dialog(say("page_picture") if place.page is not None else say("file"), width="medium")
@@ -86,7 +86,7 @@ def show(base: KnowledgeBase, place: Place) -> None:
     _dialog()
 
 
-def _show_pages(file: Path, place: Place, base: KnowledgeBase) -> None:
+def _show_pages(file: Path, place: Place, base: Store) -> None:
     """Each page that a cited span touches, once."""
     document = base.document(place.path)
     quotes: dict[int, list[str]] = {}

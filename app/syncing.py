@@ -15,8 +15,8 @@ from app.models import ModelStore
 from ingest import Progress, SyncReport, sync
 from ingest.roots import META_KEY, RootTable
 from rag.errors import RagError
-from rag.knowledge import KnowledgeBase
 from rag.settings import Settings
+from rag.store import Store
 
 _log = logging.getLogger(__name__)
 
@@ -114,16 +114,16 @@ def _key(kb: str) -> str:
     return str(Path(kb).resolve())
 
 
-def root_table(base: KnowledgeBase) -> RootTable:
+def root_table(base: Store) -> RootTable:
     """The folders that the base's files come from."""
     return RootTable.from_json(base.meta(META_KEY), base.folder)
 
 
-def root_folders(base: KnowledgeBase) -> list[Path]:
+def root_folders(base: Store) -> list[Path]:
     return [root.folder for root in root_table(base).roots]
 
 
-def find_file(base: KnowledgeBase, path: str) -> Path | None:
+def find_file(base: Store, path: str) -> Path | None:
     """The file behind a path of the base; None where it is gone, or leads out of its folder."""
     root = root_table(base).owner(path)
     if root is None:

@@ -72,6 +72,9 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "修改检索用的文字，问题本身不变",
     ),
     "search_again": ("Search and answer again", "重新检索并作答"),
+    # documents that disagree
+    "disagree": ("The documents disagree", "文档说法不一"),
+    "disagree_line": ("“{words}” in {path}", "{path} 写的是“{words}”"),
     # sources
     "sources": ("Sources", "出处"),
     "nearest": ("Nearest passages", "最接近的段落"),
@@ -103,6 +106,7 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "decode": ("decode", "解码"),
     "check": ("checks", "核对"),
     "first_token": ("first token after", "首个词元用时"),
+    "about": ("about {value}", "约 {value}"),
     "brief_tokens": ("{count} tokens", "{count} 个词元"),
     "model_memory": ("memory of the model", "模型占用内存"),
     "cache_memory": ("KV cache in use", "KV 缓存已用"),
@@ -137,6 +141,19 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "rename": ("Rename", "重命名"),
     "delete": ("Delete", "删除"),
     "export": ("Export as Markdown", "导出为 Markdown"),
+    # which files
+    "scope": ("Which files", "限定文件"),
+    "scope_on": ("Only some files", "已限定文件"),
+    "scope_any": ("all", "全部"),
+    "scope_folders": ("Folders", "文件夹"),
+    "scope_types": ("Types", "类型"),
+    "scope_name": ("Names", "文件名"),
+    "scope_since": ("Changed since", "修改日期从"),
+    "scope_until": ("until", "至"),
+    "scope_count": ("{count} of {total} files are asked", "在 {total} 个文件中检索 {count} 个"),
+    "scope_line": ("Only in: {parts}", "仅限：{parts}"),
+    "scope_from_day": ("from {day}", "{day} 起"),
+    "scope_to_day": ("to {day}", "{day} 止"),
     # settings
     "settings": ("Settings", "设置"),
     "kb_folder": ("Folder of the knowledge base", "知识库文件夹"),
@@ -172,6 +189,7 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "知识库里还没有内容。请在“知识库”页面添加文档。",
     ),
     # knowledge base page
+    "kept_in_milvus": ("Kept in Milvus: {uri}", "存放于 Milvus：{uri}"),
     "files": ("Files", "文件"),
     "file": ("File", "文件"),
     "status": ("Status", "状态"),

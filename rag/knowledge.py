@@ -269,6 +269,10 @@ class KnowledgeBase:
             connection.close()
             self._local.connection = None
 
+    def release(self) -> None:
+        """Give back what this thread holds; others go on."""
+        self.close()
+
     # transactions
 
     @contextmanager

@@ -258,6 +258,9 @@ class MilvusStore:
     def close(self) -> None:
         self._client.close()
 
+    def release(self) -> None:
+        """Threads share the one client, so that there is nothing to give back."""
+
     # records: a key, a text
 
     def _get_records(self, keys: Sequence[str]) -> dict[str, str]:

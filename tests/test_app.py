@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 import time
 from collections.abc import Iterator
@@ -193,6 +194,46 @@ def test_settings_beyond_the_sliders_are_kept(
     html(page)
     kept = page.session_state["settings"]
     assert (kept.top_k, kept.max_new_tokens, kept.temperature, kept.top_p) == (20, 5000, 3.0, 0.02)
+
+
+def test_questions_can_be_kept_to_some_files(kb: Path, store: ScriptedStore) -> None:
+    store.scripted.texts = ["The caretaker is Mr Weber [1].", "The membership fee is 20 euros a year [1]."]
+    page = open_page()
+    page.sidebar.text_input(key=f"scope-name {kb} ").set_value("notes*").run()
+    assert "1 of 2 files are asked" in html(page)
+    shown = html(ask(page, "How much is the membership fee?"))
+    assert "Only in: notes*" in shown and "fees.md" not in shown
+    page.sidebar.text_input(key=f"scope-name {kb} ").set_value("").run()
+    shown = html(ask(page, "How much is the membership fee?"))
+    assert "fees.md" in shown
+    assert shown.count("Only in: notes*") == 1  # the turn that it was
+
+
+def test_a_filter_without_files_is_told_before_anything_is_asked(kb: Path, store: ScriptedStore) -> None:
+    page = open_page(language="zh")
+    page.sidebar.text_input(key=f"scope-name {kb} ").set_value("nothing*").run()
+    assert "在 2 个文件中检索 0 个" in html(page)
+    assert "none of the 2 files in this knowledge base is named nothing*" in html(ask(page, "会费是多少？"))
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("milvus_lite"), reason="milvus-lite is not installed")
+def test_the_pages_open_the_store_that_the_settings_name(
+    tmp_path: Path, store: ScriptedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "fees.md").write_text(FEES, encoding="utf-8")
+    for name, value in (("KB", tmp_path / "kb"), ("STORE", "milvus"), ("MILVUS_URI", tmp_path / "kb.db")):
+        monkeypatch.setenv(f"RAG_{name}", str(value))
+    missing = html(open_page())
+    assert "lr-welcome" in missing
+    sync([documents], settings=Settings.load(), embedder=WordEmbedder())  # type: ignore[arg-type]
+    store.scripted.texts = ["The membership fee is 20 euros a year [1].", "It is due in May [1]."]
+    page = open_page()
+    for question in ("How much is the membership fee?", "When is the fee due?"):  # the second finds it still open
+        shown = html(ask(page, question))
+    assert shown.count('data-kind="generated"') == 2 and "fees.md" in shown
+    assert not (tmp_path / "kb" / "knowledge.sqlite").exists()
 
 
 def test_the_suggested_questions_are_about_files_of_the_handbook() -> None:

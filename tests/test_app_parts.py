@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
@@ -19,9 +20,11 @@ from app.conversations import Conversation, ConversationStore, Turn, shorten
 from app.jobs import Desk, Job
 from app.markup import (
     answer_html,
+    cost_html,
     escape_label,
     live_html,
     question_html,
+    scope_text,
     segments,
     source_id,
     sources_html,
@@ -36,9 +39,10 @@ from app.uploads import (
     suffixes,
     uploaded_names,
 )
-from rag.answer import Answer, Citation, GenerationStats, Hit
+from rag.answer import Answer, Citation, Disagreement, GenerationStats, Hit
 from rag.document import Chunk
 from rag.errors import GeneratorError, InputError
+from rag.filter import Filter
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)> ![p](http://evil.test/p.png) "\'>'
 KNOWLEDGE = Path(__file__).parent.parent / "knowledge"
@@ -373,7 +377,7 @@ class SlowRag:
 
     def __init__(self, fail: Exception | None = None) -> None:
         self.settings = SimpleNamespace(top_k=3)
-        self.base = SimpleNamespace(close=lambda: None)
+        self.base = SimpleNamespace(release=lambda: None)
         self.retriever = SimpleNamespace(search_batch=self._search)
         self.go = threading.Semaphore(0)
         self.histories: list[list[tuple[str, str]]] = []
@@ -381,7 +385,7 @@ class SlowRag:
         self.fail = fail
         self.is_closed = False
 
-    def _search(self, questions: list[str], k: int) -> list[Any]:
+    def _search(self, questions: list[str], k: int, *, where: Filter) -> list[Any]:
         self.searched += questions
         return [SimpleNamespace(hits=())]
 
@@ -501,6 +505,42 @@ def test_a_corrected_search_is_what_is_searched_for() -> None:
         rag.go.release()
     _wait(turn, "done")
     assert rag.searched == ["fees in May"] and turn.searched == "fees in May"
+
+
+def test_documents_that_disagree_are_told_with_both_sources_in_both_languages() -> None:
+    chunks = [Chunk(f"{name}<b>.txt", text, 0, len(text)) for name, text in (("a", "Rent: 5 euros."), ("b", "Rent: 6 euros."))]
+    first, second = (Citation(n, chunk.path, None, 0, len(chunk.text), chunk.text) for n, chunk in enumerate(chunks, 1))
+    answer = Answer(
+        "How much?", "Rent: 5 euros. [1]", "quoted", (first,), tuple(Hit(chunk, 1.0) for chunk in chunks),
+        disagreements=(Disagreement("number", first, second, "5 euros", "6 euros"),),
+    )
+    turn = Turn("How much?", id="t", state="done", text=answer.text, answer=answer)
+    for language, said in (("en", "The documents disagree"), ("zh", "文档说法不一")):
+        found = Elements(answer_html(turn, language))  # type: ignore[arg-type]
+        assert said in found.text and "5 euros" in found.text and "b<b>.txt" in found.text
+        assert ("href", "#source-t-2") in found.attributes  # the source that the answer doesn't cite
+        sources = sources_html(answer, "t", {chunk.path: chunk.text for chunk in chunks}, language)  # type: ignore[arg-type]
+        assert sources.count("<mark") == 2 and "lr-more" not in sources
+    kept = Turn.from_row("t", "How much?", answer.text, json.dumps(turn.to_dict()), None)
+    assert kept.answer == answer
+
+
+def test_a_turn_keeps_which_files_it_was_asked_of(tmp_path: Path) -> None:
+    where = Filter(under="zh", type="pdf", since="2024-01-01")
+    turn = Turn("Q", where=where, state="done")
+    assert Turn.from_row(turn.id, "Q", "", json.dumps(turn.to_dict()), None).where == where
+    old = {name: value for name, value in turn.to_dict().items() if name != "where"}  # kept by an earlier version
+    assert Turn.from_row(turn.id, "Q", "", json.dumps(old), None).where.is_everything
+    assert scope_text(where, "en") == "Only in: zh/ · pdf · from 2024-01-01"
+    assert scope_text(Filter(file="<b>*"), "zh") == "仅限：&lt;b&gt;*"
+
+
+@pytest.mark.parametrize(("estimated", "said"), [(True, "about 1,234"), (False, "1,234")])
+def test_reckoned_numbers_of_tokens_are_said_to_be_so(estimated: bool, said: str) -> None:
+    stats = GenerationStats(prompt_tokens=1234, new_tokens=9, generator="m", counts_estimated=estimated)
+    turn = Turn("Q", state="done", answer=Answer("Q", "A", "generated", stats=stats))
+    assert f"<dd>{said}</dd>" in cost_html(turn, "en")
+    assert ("约 9 个词元" in cost_html(turn, "zh")) == estimated
 
 
 # page pictures
