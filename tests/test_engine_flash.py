@@ -40,7 +40,8 @@ def new_pool(dtype: torch.dtype, kind: type[KVPool] = KVPool, *, capacity: int =
 def random_queries(count: int, dtype: torch.dtype) -> torch.Tensor:
     """(kv heads, count, heads of a group, D), scaled."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(2, count, 3, 32, generator=generator).to(dtype) * 32**-0.5
+    queries: torch.Tensor = torch.randn(2, count, 3, 32, generator=generator) * 32**-0.5
+    return queries.to(dtype)
 
 
 def attended(pool: KVPool, chunks: list[Chunk], *, flash: bool) -> torch.Tensor:
@@ -115,6 +116,10 @@ ROWS = {
     "a long beginning in common": [
         Chunk([1], 60, [(0, 50), (90, 101)]),
         Chunk([1, 2, 3], 9, [(180, 192)]),
+        Chunk([1, 2], 51, [(0, 50), (120, 123)]),
+    ],
+    "the last row shorter than the others": [
+        Chunk([1, 2, 3], 53, [(0, 50), (90, 96)]),
         Chunk([1, 2], 51, [(0, 50), (120, 123)]),
     ],
     "one beginning inside another": [

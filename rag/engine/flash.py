@@ -123,7 +123,7 @@ def flash_tails(
             seen.append(len(own) - count + n + 1)
     hidden = torch.arange(length)[None] >= torch.tensor(seen)[:, None]
     mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
-    all_in_order = targets == list(range(sum(counts))) == picked
+    all_in_order = tokens == targets == list(range(sum(counts)))
     return FlashTails(
         len(with_tail),
         length,
@@ -200,7 +200,7 @@ def _attend_tails(
     """Over each row's own slots, for asked (1, heads, tokens, D): (n, heads, D), (n, heads)."""
     heads, dim = asked.shape[1], asked.shape[3]
     by_token = asked[0].transpose(0, 1)  # (tokens, heads, D)
-    if tails.targets is not None or len(tails.tokens) != len(by_token):
+    if tails.targets is not None:
         by_token = by_token[tails.tokens]
     queries = by_token.reshape(tails.rows, -1, heads, dim).transpose(1, 2)
     keys, values = (
