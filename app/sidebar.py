@@ -90,9 +90,8 @@ def _show_filter() -> None:
         return
     has_dates = all(record.modified is not None for record in files.values())
     name = f"{settings.kb} {settings.milvus_uri}"  # other choices for another base
-    with st.expander(
-        say("scope") if session.where().is_everything else say("scope_on"), icon=":material/filter_alt:"
-    ):
+    # One label in every state: with another one it would be another expander, and closed.
+    with st.expander(say("scope"), icon=":material/filter_alt:"):
         folders = st.multiselect(
             say("scope_folders"), folders_of(files), key=f"scope-folders {name}", placeholder=say("scope_any")
         )
@@ -102,9 +101,8 @@ def _show_filter() -> None:
         glob = st.text_input(say("scope_name"), key=f"scope-name {name}", placeholder="lease*, *2024*")
         since = until = None
         if has_dates:
-            first, last = st.columns(2)
-            since = first.date_input(say("scope_since"), value=None, key=f"scope-since {name}", format="YYYY-MM-DD")
-            until = last.date_input(say("scope_until"), value=None, key=f"scope-until {name}", format="YYYY-MM-DD")
+            since = st.date_input(say("scope_since"), value=None, key=f"scope-since {name}", format="YYYY-MM-DD")
+            until = st.date_input(say("scope_until"), value=None, key=f"scope-until {name}", format="YYYY-MM-DD")
         globs = [part.strip() for part in glob.replace("，", ",").split(",") if part.strip()]
         try:
             chosen = Filter(folders, globs, types, since, until)

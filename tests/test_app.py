@@ -6,6 +6,7 @@ import importlib.util
 import threading
 import time
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -203,9 +204,10 @@ def test_questions_can_be_kept_to_some_files(kb: Path, store: ScriptedStore) -> 
     assert "1 of 2 files are asked" in html(page)
     shown = html(ask(page, "How much is the membership fee?"))
     assert "Only in: notes*" in shown and "fees.md" not in shown
-    page.sidebar.text_input(key=f"scope-name {kb} ").set_value("").run()
+    page.sidebar.text_input(key=f"scope-name {kb} ").set_value("")
+    page.sidebar.date_input(key=f"scope-since {kb} ").set_value(date(2000, 1, 1)).run()
     shown = html(ask(page, "How much is the membership fee?"))
-    assert "fees.md" in shown
+    assert "fees.md" in shown and "Only in: from 2000-01-01" in shown
     assert shown.count("Only in: notes*") == 1  # the turn that it was
 
 
