@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import PurePosixPath
 
 import streamlit as st
@@ -88,7 +89,7 @@ def _show_filter() -> None:
     files = {path: record for path, record in base.files().items() if record.status == "ok"}
     if len(files) < 2:
         return
-    has_dates = all(record.modified is not None for record in files.values())
+    days = sorted(date.fromtimestamp(record.modified) for record in files.values() if record.modified is not None)
     name = f"{settings.kb} {settings.milvus_uri}"  # other choices for another base
     # One label in every state: with another one it would be another expander, and closed.
     with st.expander(say("scope"), icon=":material/filter_alt:"):
@@ -100,9 +101,13 @@ def _show_filter() -> None:
         )
         glob = st.text_input(say("scope_name"), key=f"scope-name {name}", placeholder="lease*, *2024*")
         since = until = None
-        if has_dates:
-            since = st.date_input(say("scope_since"), value=None, key=f"scope-since {name}", format="YYYY-MM-DD")
-            until = st.date_input(say("scope_until"), value=None, key=f"scope-until {name}", format="YYYY-MM-DD")
+        if len(days) == len(files):  # not in a base of an earlier version, until it is ingested again
+            since, until = (
+                st.date_input(
+                    say(key), value=None, min_value=days[0], max_value=days[-1], key=f"{key} {name}", format="YYYY-MM-DD"
+                )
+                for key in ("scope_since", "scope_until")
+            )
         globs = [part.strip() for part in glob.replace("，", ",").split(",") if part.strip()]
         try:
             chosen = Filter(folders, globs, types, since, until)
