@@ -196,6 +196,8 @@ class _Statement:
         self.text = plain(item.text)
         self.values = find_values(self.text)
         chunk = hit.chunk
+        # What says by itself which one is spoken of: "Phone A", "Phone B".
+        self.labels = (path_words(chunk.path), chunk.title, chunk.headings[-1] if chunk.headings else "")
         before = chunk.text[: item.start - chunk.start]
         self.around = f"{path_words(chunk.path)}. {chunk.place}. " + " ".join(re.split(r"(?<=[.。!！?？\n])", before)[-_BEFORE - 1 :])
 
@@ -329,6 +331,8 @@ def _same_subject(asked: _Asked, first: _Statement, second: _Statement) -> bool:
     lone_second = {name for name in second.names if name not in first.text and name not in first.around.lower()}
     if lone_first and lone_second:
         return False
+    if any(_are_parallel(a, b) for a, b in zip(first.labels, second.labels, strict=True)):
+        return False
     shared = set(first.terms) & set(second.terms)
     weight = sum(first.terms[term] for term in shared)
     least = min(sum(first.terms.values()), sum(second.terms.values())) or 1.0
@@ -338,6 +342,16 @@ def _same_subject(asked: _Asked, first: _Statement, second: _Statement) -> bool:
     if extra_first and extra_second:
         return False
     return not (_is_confined(first, extra_first) or _is_confined(second, extra_second))
+
+
+_NUMBERING = re.compile(r"^[\W\d_]+|^第[\d一二三四五六七八九十百]+[章节条款篇部]\s*")
+
+
+def _are_parallel(first: str, second: str) -> bool:
+    """Whether two titles or file names say the same of different things: "Phone A manual", "Phone B
+    manual". Those without a common word are only of different documents."""
+    a, b = (set(passage_terms(_NUMBERING.sub("", label))) for label in (first, second))
+    return bool(a & b and a - b and b - a)
 
 
 def _extras(asked: _Asked, statement: _Statement, other: _Statement) -> set[str]:

@@ -47,6 +47,28 @@ def test_a_contradiction_says_in_which_words_and_the_better_answer_first():
     }
 
 
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ((("phone-a.md", "Phone A", ()), ("phone-b.md", "Phone B", ())), 0),
+        ((("x.md", "甲产品说明书", ()), ("y.md", "乙产品说明书", ())), 0),
+        ((("x.md", "", ("Model X10",)), ("y.md", "", ("Model X20",))), 0),
+        ((("lease.md", "Lease", ("4.2 Rent",)), ("letter.txt", "Letter", ("1 Rent",))), 1),
+        ((("phone.md", "Phone", ()), ("phone (1).md", "Phone", ())), 1),
+    ],
+)
+def test_titles_that_name_different_things_speak_against_a_disagreement(labels, told):
+    question, texts = "How long does the battery last?", ("The battery lasts 10 hours.", "The battery lasts 14 hours.")
+    hits = [
+        Hit(Chunk(path, text, 0, len(text), title=title, headings=headings), 1.0)
+        for (path, title, headings), text in zip(labels, texts)
+    ]
+    terms = question_terms(question)
+    weights = term_weights(terms, {}, 2)
+    ranked = rank_sentences(question, terms, weights, hits)[0].sentences
+    assert len(find_contradictions(question, weights, ranked, hits)) == told
+
+
 def test_two_sentences_of_one_passage_do_not_disagree():
     assert found("How much is the rent?", "The rent is 1,250 euros. The rent is 1,350 euros.") == []
 
