@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _MOST_RUNS = 4  # cached runs beyond so many are gathered: each run is a call, and a merge
 _MOST_OWN_RUNS = 3
+_MOST_FOLDED = 32  # tokens; measured: 8 tokens over 2,000 slots 0.84 ms folded, 1.34 not; 72 alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +153,7 @@ def attend_flash(
         else:
             keys, values = pool.gather_keys(layer, run.slots), pool.gather_values(layer, run.slots)
         part = asked[:, :, run.begin : run.end]
-        found, log_sum = _kernel(part, keys[None], values[None], causal=run.causal)
-        found, log_sum = found[0].transpose(0, 1), log_sum[0].transpose(0, 1)
+        found, log_sum = _attend_run(part, keys, values, causal=run.causal)
         if mixed is None and run.end - run.begin == count:
             mixed, total = found, log_sum  # (tokens, heads, D), (tokens, heads)
             continue
@@ -176,6 +176,21 @@ def attend_flash(
             mixed.index_copy_(0, at, before)
     assert mixed is not None, "every token looks at something"
     return mixed
+
+
+def _attend_run(
+    asked: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """asked (1, heads, tokens, D) over (kv heads, n, D) -> (tokens, heads, D), (tokens, heads)."""
+    _, heads, count, dim = asked.shape
+    if causal or not 1 < count <= _MOST_FOLDED:
+        found, log_sum = _kernel(asked, keys[None], values[None], causal=causal)
+        return found[0].transpose(0, 1), log_sum[0].transpose(0, 1)
+    # The heads of a group as further tokens: keys are then read once for all of them.
+    folded = asked.reshape(1, len(keys), -1, dim)
+    found, log_sum = _kernel(folded, keys[None], values[None], causal=False)
+    found = found[0].reshape(heads, count, dim).transpose(0, 1)
+    return found, log_sum[0].reshape(heads, count).transpose(0, 1)
 
 
 def _nothing(queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

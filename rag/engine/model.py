@@ -32,6 +32,7 @@ from rag.engine.linear import (
     make_linear,
 )
 from rag.engine.norm import rms_norm, rms_norm_heads
+from rag.engine.rotation import Rotation, turned
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -275,35 +276,28 @@ class DecoderModel:
         layer: Layer,
         index: int,
         h: torch.Tensor,
-        rotation: torch.Tensor,
+        rotation: Rotation,
         slots: torch.Tensor | Extent,
         pool: KVPool,
     ) -> torch.Tensor:
         """Store keys and values; return queries (kv heads, T, heads of a group, D), scaled; they
         lie token by token."""
-        turned = self.num_heads + self.num_kv_heads
-        length = rotation.shape[3]
+        count = self.num_heads + self.num_kv_heads
+        length = len(rotation)
         qkv = layer.qkv(h).view(h.shape[0], -1, self.head_dim)  # (T, heads + 2 kv heads, D)
         qkv = qkv[:length]
-        qk = rms_norm_heads(qkv, turned, self.eps) if self._norms_heads else qkv[:, :turned]
-        of_queries, of_keys = rotation[index % len(rotation)].unbind()
-        keys = _turned(qk[:, self.num_heads :], of_keys)
-        pool.write(index, slots, keys, qkv[:, turned:])
-        queries = _turned(qk[:, : self.num_heads], of_queries)
+        qk = rms_norm_heads(qkv, count, self.eps) if self._norms_heads else qkv[:, :count]
+        straight, crossed = rotation.of(index)
+        keys = turned(qk[:, self.num_heads :], straight[1], crossed[1])
+        pool.write(index, slots, keys, qkv[:, count:])
+        queries = turned(qk[:, : self.num_heads], straight[0], crossed[0])
         return queries.view(length, self.num_kv_heads, -1, self.head_dim).transpose(0, 1)
 
-    def _rotation(self, positions: torch.Tensor) -> torch.Tensor:
-        """For positions (T,), float32: (layers, 2, 2, T, 1, D), for queries and keys of each layer
-        what their numbers and what their numbers half a head on are multiplied with. One layer
-        stands for all where all are the same."""
+    def _rotation(self, positions: torch.Tensor) -> Rotation:
+        """For positions (T,), float32."""
         angles = positions[:, None] * self._inv_freq  # (T, D / 2)
         cos, sin = angles.cos() * self._rope_scale, angles.sin() * self._rope_scale
-        # x cos + rotate_half(x) sin, where rotate_half puts the second half, negative, first.
-        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        weights = self._head_norms[:, :, None, None]  # (layers, 2, 1, 1, D)
-        crossed = weights.roll(self.head_dim // 2, -1)
-        rotation = torch.stack((cos * weights[:, :, 0], sin * crossed[:, :, 0]), 2)
-        return rotation.to(self.dtype)[:, :, :, :, None]
+        return Rotation(cos, sin, self._head_norms, self.dtype)
 
     def _logits(
         self, x: torch.Tensor, ordered: Sequence[Chunk], order: Sequence[int]
@@ -315,16 +309,6 @@ class DecoderModel:
         last = rms_norm(last, self._norm, self.eps)
         logits: torch.Tensor = self._head(last).float()
         return logits
-
-
-def _turned(heads: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """heads (T, n, D), turned by rotation (2, T, 1, D)."""
-    straight, crossed = rotation.unbind()
-    half = heads.shape[-1] // 2
-    turned = heads * straight
-    turned[..., :half].addcmul_(heads[..., half:], crossed[..., :half])
-    turned[..., half:].addcmul_(heads[..., :half], crossed[..., half:])
-    return turned
 
 
 def flat_positions(chunks: Sequence[Chunk]) -> list[int]:
