@@ -349,7 +349,10 @@ SUPPORT_FEATURES = (
     "bias", "coverage", "context", "soft", "soft_context", "dense", "pairs",
     "hit_coverage", "hit_window", "bm25_gap", "terms", "key",
     "read",  # minus the log of the extractor's share for "none of them answers"
+    "read_best",  # log of its share for the best sentence
+    "kind", "no_kind",  # whether that sentence has, or lacks, the kind of thing that is asked for
 )
+_KINDS = ("number", "time", "name")
 _MOST_READ = 8.0
 
 
@@ -368,7 +371,8 @@ def support_features(
     return np.array([
         1.0, best["coverage"], best["context"], best["soft"], best["soft_context"], best["dense"],
         best["pairs"], match["coverage"], match["window"], match["bm25"] - pool_match["bm25"],
-        math.log1p(len(terms)), best["key"], min(_MOST_READ, -evidence.absent),
+        math.log1p(len(terms)), best["key"], min(_MOST_READ, -evidence.absent), best["read"],
+        max(best[kind] for kind in _KINDS), max(best[f"no_{kind}"] for kind in _KINDS),
     ])
 
 

@@ -24,7 +24,7 @@ import torch
 from rag import evidence, ranking
 from rag.answer import Hit
 from rag.bundled.heaviest_word import heaviest_word
-from rag.bundled.made_questions import made_across_languages
+from rag.bundled.made_questions import made_across_languages, made_by_patterns
 from rag.bundled.training_data import held_out, is_measured, read_rows
 from rag.document import Chunk, Document
 from rag.embedder import Embedder, load_embedder
@@ -37,9 +37,10 @@ HERE = Path(__file__).parent
 LANGUAGES: tuple[Language, ...] = ("en", "zh")
 PASSAGES_GIVEN = 4
 _PASSAGES_ACROSS = 1500
+_ELSEWHERE = 400
 # People ask their documents mostly what stands in them: five questions of six.
 ANSWERABLE_PRIOR = 5.0
-_SUPPORT_SIGNS = {"bias": 2, "terms": 2}
+_SUPPORT_SIGNS = {"bias": 2, "terms": 2, "no_kind": -1}
 _REWORDED = (0.25, 0.4, 0.55)  # share of a question's words that give way, drawn for each
 
 
@@ -80,6 +81,15 @@ def questions_across(data: Path, rng: random.Random) -> dict[Language, tuple[lis
         theirs = [text for text in others if detect_language(text) != language]
         found[language] = mine, [*(item.passage for item in mine), *theirs[:_PASSAGES_ACROSS]]
     return found
+
+
+def questions_elsewhere(data: Path, language: Language, rng: random.Random) -> list[FitQuestion]:
+    """Questions about manuals and medicine, which no passage of the collections fitted on is about."""
+    asked = [question for question, _, _ in made_by_patterns(data, rng) if detect_language(question) == language]
+    if language == "en":
+        rows = read_rows(data / "retrieval_pairs.en.jsonl.xz")
+        asked += [row["query"] for row in rows if row["src"] == "medquad" and held_out(row["positive"], "en")]
+    return [FitQuestion(question, "", None) for question in rng.sample(asked, min(len(asked), _ELSEWHERE))]
 
 
 def titles_of(data: Path) -> dict[str, str]:
@@ -346,6 +356,7 @@ def main() -> None:
     test_parts: dict[Language, list[Searched]] = {}
     reworded: dict[Language, list[Searched]] = {}
     swapped: dict[Language, list[Searched]] = {}
+    far_test: dict[Language, list[Searched]] = {}
     work = Path(tempfile.mkdtemp(prefix="fit-ranking-"))
     try:
         for language in LANGUAGES:
@@ -365,26 +376,32 @@ def main() -> None:
             fit_parts[language], test_parts[language] = items[:cut], items[cut:]
             swapped[language] = list(search(retriever, of_another_subject(items[:cut], rng)))
             reworded[language] = list(search(retriever, [in_other_words(item, rng) for item in questions[:cut]]))
+            elsewhere = list(search(retriever, questions_elsewhere(options.data, language, rng)))
+            half = len(elsewhere) * 7 // 10
+            swapped[language] += elsewhere[:half]
+            far_test[language] = elsewhere[half:]
             print(f"{language}: {len(items)} questions searched", flush=True)
         across: dict[Language, list[Searched]] = {}
         for language, (questions, passages) in questions_across(options.data, rng).items():
             base = build_base(list(dict.fromkeys(passages)), {}, embedder, work / f"across-{language}")
             across[language] = list(search(Retriever(base, embedder), rng.sample(questions, len(questions))))
             print(f"{language}: {len(questions)} questions about the other language searched", flush=True)
-        _fit_and_write(Parts(fit_parts, reworded, swapped, test_parts, across), options.out)
+        _fit_and_write(Parts(fit_parts, reworded, swapped, test_parts, far_test, across), options.out)
     finally:
         shutil.rmtree(work)
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Searched questions by their language: to fit on; the same in other words; with another subject;
-    to measure on; and, of translations, about passages in the other language."""
+    """Searched questions by their language: to fit on; the same in other words; about another subject,
+    which nothing answers; to measure on, with and without an answer; and, of translations, about
+    passages in the other language."""
 
     fit: dict[Language, list[Searched]]
     reworded: dict[Language, list[Searched]]
     swapped: dict[Language, list[Searched]]
     test: dict[Language, list[Searched]]
+    far_test: dict[Language, list[Searched]]
     across: dict[Language, list[Searched]]
 
 
@@ -393,7 +410,8 @@ def _fit_and_write(parts: Parts, out: Path) -> None:
 
     Passage weights are fitted for each language; sentence and support weights on both together, and
     on the same questions in other words too: who wrote these questions had the passage before them.
-    Support also sees questions of which one word has become another's, which nothing answers.
+    Support also sees questions that nothing answers: of which one word has become another's, and about
+    what the collection does not speak of.
     """
     passage = {
         language: fit_listwise(_passage_lists(items), ranking.FEATURES, signs=_PASSAGE_SIGNS)
@@ -409,7 +427,7 @@ def _fit_and_write(parts: Parts, out: Path) -> None:
         )
         for language, items in parts.fit.items()
     }
-    for group in (parts.fit, parts.reworded, parts.swapped, parts.test, parts.across):
+    for group in (parts.fit, parts.reworded, parts.swapped, parts.test, parts.far_test, parts.across):
         for language, items in group.items():
             _rank_all(items, passage[language], close[language])
     print("passages fitted", flush=True)
@@ -419,7 +437,8 @@ def _fit_and_write(parts: Parts, out: Path) -> None:
     # One threshold serves both: the probabilities across languages are moved to where it is right for them.
     across.support["bias"] = round(across.support["bias"] + _logit(threshold) - _logit(across_threshold), 5)
     figures = {
-        language: _measure(items, passage[language], own, threshold) for language, items in parts.test.items()
+        language: _measure(items, passage[language], own, threshold, parts.far_test[language])
+        for language, items in parts.test.items()
     }
     across_figures = {
         language: _measure(items, passage[language], across, threshold)
@@ -466,15 +485,19 @@ def _passage_lists(items: Sequence[Searched]) -> list[tuple[np.ndarray, np.ndarr
 
 
 def _measure(
-    items: Sequence[Searched], passage: dict[str, float], weights: EvidenceWeights, threshold: float
+    items: Sequence[Searched], passage: dict[str, float], weights: EvidenceWeights, threshold: float,
+    far: Sequence[Searched] = (),
 ) -> dict[str, float]:
-    """Figures on questions that nothing was fitted on."""
+    """Figures on questions that nothing was fitted on; `far` are about what is not there."""
     lists = _passage_lists(items)
     found = len(lists) / max(1, len(items))
     first = [next(iter(item.scores)) == item.gold for item in items]
     only = {name: dict.fromkeys(ranking.FEATURES, 0.0) | {name: 1.0} for name in ("bm25", "dense")}
     rows, labels = _support_rows(items, np.array(list(weights.sentence.values())))
-    probability = 1 / (1 + np.exp(-(rows @ np.array(list(weights.support.values())))))
+    vectors = np.array(list(weights.sentence.values())), np.array(list(weights.support.values()))
+    probability = 1 / (1 + np.exp(-(rows @ vectors[1])))
+    far_rows, _ = _support_rows(far, vectors[0], swapped=True)
+    far_said = 1 / (1 + np.exp(-(far_rows @ vectors[1]))) >= threshold if len(far_rows) else np.zeros(0)
     said = probability >= threshold
     above = probability[labels][:, None] > probability[~labels][None, :]
     return {
@@ -488,6 +511,7 @@ def _measure(
         "support AUC": round(float(above.mean()), 4),
         "answerable kept": round(float(said[labels].mean()), 4),
         "unanswerable refused": round(float((~said[~labels]).mean()), 4),
+        **({"of another subject refused": round(1 - float(far_said.mean()), 4)} if len(far_said) else {}),
     }
 
 
