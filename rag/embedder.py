@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer
 
 from rag.errors import EmbedderError
 from rag.simplified import simplify
@@ -144,7 +145,6 @@ class StaticEmbedder:
 
     def __init__(self, name: str, layer: Path, *, simplifies: bool = False) -> None:
         from safetensors.numpy import load_file
-        from tokenizers import Tokenizer
 
         weights_file, tokenizer_file = layer / "model.safetensors", layer / "tokenizer.json"
         for file in (weights_file, tokenizer_file):
@@ -303,7 +303,10 @@ class TransformerEmbedder:
         return np.asarray(rows, dtype=np.float32)
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        encoded = self._model.tokenizer(
+        tokenizer = self._model.tokenizer
+        if isinstance(tokenizer, Tokenizer):  # a static model's, as it comes from the tokenizers library
+            return [len(item.ids) for item in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        encoded = tokenizer(
             list(texts), add_special_tokens=False, truncation=False, padding=False, verbose=False
         )
         return [len(ids) for ids in encoded["input_ids"]]
