@@ -11,7 +11,15 @@ from transformers import PreTrainedModel
 
 from rag.engine.attention import LONGEST_TAIL, Chunk, Part, plan_attention
 from rag.engine.kvcache import KVPool
-from rag.engine.linear import Int4Linear, Linear, PackedLinear, make_linear, packs
+from rag.engine.linear import (
+    FusedGate,
+    Int4Linear,
+    Linear,
+    MergedGate,
+    PackedLinear,
+    make_linear,
+    packs,
+)
 from rag.engine.model import DecoderModel, why_unsupported
 from rag.engine.placement import weight_bytes
 from tests.tiny_models import make_random_model
@@ -211,6 +219,30 @@ def test_prepacked_products_equal_plain_ones() -> None:
     assert isinstance(packed, PackedLinear)
     expected = Linear(weight.bfloat16(), bias.bfloat16())(x.bfloat16())
     assert torch.equal(packed(x.bfloat16()), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_what_is_done_behind_a_prepacked_product_is_rounded_once(rows: int) -> None:
+    if not packs():
+        pytest.skip("this PyTorch has no oneDNN prepacking")
+    torch.manual_seed(0)
+    weight, up, x = torch.randn(96, 64), torch.randn(96, 64), torch.randn(rows, 64)
+    weight, up, x = weight.bfloat16(), up.bfloat16(), x.bfloat16()
+    other = torch.randn(rows, 96).bfloat16()
+    linear = PackedLinear(weight)
+    exact = x.double() @ weight.double().T
+    silu = torch.nn.functional.silu(exact)
+    gated = silu * (x.double() @ up.double().T)
+    for found, expected, roundings in (
+        (linear.silu(x), silu, 1),
+        (linear.plus(x, other), exact + other.double(), 1),
+        (linear.times(x, other), exact * other.double(), 1),
+        (FusedGate(linear, PackedLinear(up))(x), gated, 2),
+    ):
+        # bfloat16 has 8 bits; sums are made in float32.
+        assert ((found.double() - expected).abs() <= roundings * expected.abs() / 256 + 1e-3).all()
+    merged = MergedGate(make_linear(torch.cat((weight, up)).float()))(x.float())
+    torch.testing.assert_close(merged.double(), gated, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 40])
