@@ -4,7 +4,8 @@ That is an approximation: a passage's keys know what stood before it. Nothing of
 unless asked for, and what is laid into a prompt from here never enters the exact tree. To make
 good a part of the loss, the first tokens of each passage, which bind it to what stands before, are
 computed anew in their new place (EPIC, Hu et al., arXiv 2410.15332), and everything behind the
-passages is.
+passages is. Choosing these tokens by how far their keys are from the stored ones (CacheBlend,
+arXiv 2405.16444) was no better on the bundled reader: benchmarks/selection.py.
 """
 
 from __future__ import annotations
