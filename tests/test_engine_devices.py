@@ -19,7 +19,7 @@ from rag.engine.placement import (
     memory_shares,
 )
 from rag.errors import GeneratorError
-from rag.generator import load_model, load_generator
+from rag.generator import load_generator, load_model
 from tests.test_engine import PROMPT, reference, run
 from tests.test_generator import QUESTION, settings
 from tests.tiny_models import make_model, make_random_model
