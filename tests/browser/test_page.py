@@ -331,15 +331,22 @@ def test_a_hostile_document_is_inert_everywhere(visit: Any) -> None:
     reader.assert_nothing_ran()
 
 
+def choose_slow_model(page: Any, model: Path) -> None:
+    """A model whose 2,048 tokens take minutes, so that what happens meanwhile can be looked at; in the open settings."""
+    page.locator(".st-key-set-generator input").fill(str(model))
+    page.get_by_role("button", name=re.compile("Apply|应用")).click()
+    page.locator('[data-testid="stSidebar"]', has_text=re.compile(f"{model.name}(?: on |，设备 )cpu")).wait_for()
+    page.locator(".st-key-set-max-new input[type=range]").press("End")
+    page.locator(".st-key-set-max-new", has_text="2048").wait_for()
+
+
 def test_two_sessions_wait_in_one_line_and_never_mix(visit: Any) -> None:
-    """A question typed while another is answered waits for its turn, in its own conversation."""
+    """Questions typed while another is answered wait for their turn, each in its own conversation."""
     first, second = visit(), visit(locale="zh-CN")
     first.ask("What does RMSNorm divide the vector by?")
-    first.page.wait_for_selector(LIVE)
     first.ask("Who is the caretaker of the building?")
-    first.ask("Who is the driver of the crane?")
     second.ask("GQA 能不能减少注意力打分的计算量？")
-    second.page.get_by_text(re.compile(r"排队中，前面还有 \d 个问题")).wait_for()
+    first.ask("Who is the driver of the crane?")
     [theirs] = second.wait_for_answers(1)
     mine = first.wait_for_answers(3)
     assert "root mean square" in mine[0] and "Ottokar Weber" in mine[1] and "Nikolaus Bauer" in mine[2]
@@ -349,7 +356,6 @@ def test_two_sessions_wait_in_one_line_and_never_mix(visit: Any) -> None:
 def test_a_wrong_model_keeps_the_old_one_and_a_right_one_can_be_stopped(visit: Any, folder: Path) -> None:
     reader = visit()
     page = reader.page
-    slow = make_slow_model(folder / "slow-model")
     page.get_by_text("Settings", exact=True).click()
     name = page.locator(".st-key-set-generator input")
     for wrong in (str(folder / "no-such-folder"), str(folder)):
@@ -357,19 +363,14 @@ def test_a_wrong_model_keeps_the_old_one_and_a_right_one_can_be_stopped(visit: A
         page.get_by_role("button", name="Apply").click()
         page.locator('[data-testid="stSidebar"] .lr-notice', has_text=wrong).wait_for()
         assert "bundled, stays in use" in page.locator('[data-testid="stSidebar"] .lr-notice').inner_text()
-    name.fill(str(slow))
-    page.get_by_role("button", name="Apply").click()
-    page.locator('[data-testid="stSidebar"]', has_text="slow-model on cpu").wait_for()
-    longest = page.locator(".st-key-set-max-new input[type=range]")
-    longest.press("End")
-    page.locator(".st-key-set-max-new", has_text="2048").wait_for()
+    choose_slow_model(page, make_slow_model(folder / "slow-model"))
     reader.ask("What does RMSNorm divide the vector by?")
     page.wait_for_selector(f"{LIVE} .lr-text")
     page.get_by_role("button", name="Stop").click()
     began = time.monotonic()
     page.wait_for_selector('.lr-answer[data-kind="stopped"]')
     assert time.monotonic() - began < 5  # 2,048 tokens take longer
-    assert len(page.locator('.lr-answer[data-kind="stopped"] .lr-text').inner_text()) > 5
+    assert page.locator('.lr-answer[data-kind="stopped"] .lr-text').inner_text()
     # others keep the model they had, and the line goes on
     other = visit(width=390)
     other.ask("Who is the driver of the crane?")
