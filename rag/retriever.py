@@ -16,6 +16,7 @@ from rag.errors import InputError
 from rag.filter import EVERYTHING, Filter
 from rag.knowledge import StoredChunk
 from rag.language import Language, detect_language
+from rag.numpy_threads import keep_numpy_to_one_thread
 from rag.ranking import (
     FEATURES,
     FEATURES_OF,
@@ -81,6 +82,7 @@ class Retriever:
     def __init__(self, base: Store, embedder: Embedder, *, without: str = "") -> None:
         """`without` names steps of `rag.retrieval_steps` to leave out, separated by commas."""
         self.steps = kept_steps(without)
+        keep_numpy_to_one_thread()
         base.check_embedder(embedder)
         background()  # read now, so that the first question is as quick as the rest
         bundled_table()

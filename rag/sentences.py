@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from rag.terms import HAN, passage_terms
 
@@ -26,12 +26,11 @@ def one_line(text: str) -> str:
 _LONGEST_JOINED = 120  # characters, up to which clauses parted by a Chinese semicolon stay together
 # Columns between which text is wrapped to a width; a Han character takes two.
 _NARROWEST, _WIDEST = 40, 130
-_PARAGRAPH = re.compile(r"[^\n]+(?:\n[^\n]*\S[^\n]*)+")
 _WIDE_CHARACTER = re.compile(r"[\u1100-\u115f\u2e80-\uffe6]")
 _LINE_OF_ITS_OWN = re.compile(
     r"\s*(?:[-*+•·|>#=~`]|\(?\d{1,3}[.)、]|[（(][一二三四五六七八九十\d]+[)）]|第[一二三四五六七八九十百千零\d]+[编章节条])"
 )
-_LINE_ENDS = re.compile(r"[。！？；：.!?:;|][\"'”’」』)）\]]*\s*$")
+_LINE_ENDS = re.compile(r"[。！？；：.!?:;|][\"'”’」』)）\]]{0,4}\s*$")
 _FIRST_WORD = re.compile(r"\s*([\u2e80-\uffe6]|[^\s\u2e80-\uffe6]+)")
 
 
@@ -73,24 +72,39 @@ def _wrapping_breaks(text: str) -> frozenset[int]:
     line, that width is one that texts are wrapped to, and neither line looks like one of its own (a
     list item, a heading, a table's row, a sentence's end).
     """
-    found = []
-    for paragraph in _PARAGRAPH.finditer(text):
-        lines = paragraph[0].split("\n")
-        widths = [len(line) + len(_WIDE_CHARACTER.findall(line)) for line in lines]
-        widest = max(widths)
-        at = paragraph.start()
-        for line, width, following in zip(lines, widths, lines[1:], strict=False):
-            at += len(line) + 1
-            if not _NARROWEST <= widest <= _WIDEST or _LINE_ENDS.search(line) or _LINE_OF_ITS_OWN.match(following):
-                continue
-            word = _FIRST_WORD.match(following)
-            if word is None or line[:1] in "|#" or line[:1].isdigit() and following[:1].isdigit():
-                continue
-            wide = word[1] >= "\u2e80"
-            # A mark that may not begin a line leaves one or two characters' room behind it.
-            if wide and width + 4 >= widest or not wide and " " in line and width + 1 + len(word[1]) > widest:
-                found.append(at - 1)
+    found: list[int] = []
+    paragraph: list[str] = []
+    at = begin = 0
+    for line in [*text.split("\n"), ""]:
+        if line and not line.isspace():
+            if not paragraph:
+                begin = at
+            paragraph.append(line)
+        elif paragraph:
+            if len(paragraph) > 1 and max(map(len, paragraph)) <= _WIDEST:
+                found += _breaks_of(paragraph, begin)
+            paragraph = []
+        at += len(line) + 1
     return frozenset(found)
+
+
+def _breaks_of(lines: list[str], at: int) -> Iterator[int]:
+    """The wrapping breaks of a paragraph that begins at offset `at`."""
+    widths = [len(line) + len(_WIDE_CHARACTER.findall(line)) for line in lines]
+    widest = max(widths)
+    if not _NARROWEST <= widest <= _WIDEST:
+        return
+    for line, width, following in zip(lines, widths, lines[1:], strict=False):
+        at += len(line) + 1
+        if _LINE_ENDS.search(line) or _LINE_OF_ITS_OWN.match(following):
+            continue
+        word = _FIRST_WORD.match(following)
+        if word is None or line[0] in "|#" or line[0].isdigit() and following[0].isdigit():
+            continue
+        wide = word[1] >= "\u2e80"
+        # A mark that may not begin a line leaves one or two characters' room behind it.
+        if wide and width + 4 >= widest or not wide and " " in line and width + 1 + len(word[1]) > widest:
+            yield at - 1
 
 
 def best_sentence_start(text: str, weights: Mapping[str, float]) -> int:
