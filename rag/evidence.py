@@ -50,6 +50,8 @@ FEATURES = (
 KEY_TERMS = 2
 _LEAST_READ = -10.0
 
+# "When was it built?" asks; "what happens when it is built" does not.
+_VERB = r"(?:am|is|are|was|were|do|does|did|has|have|had|can|could|will|would|shall|should|may|might|must)\b"
 _ASKS = {
     "number": re.compile(
         r"\bhow (?:many|much|long|old|far|large|big|high|tall|fast|often|deep)\b|\bwhat (?:percent|number|"
@@ -57,11 +59,11 @@ _ASKS = {
         r"比例|第几|几分之"
     ),
     "time": re.compile(
-        r"\bwhen\b|\b(?:what|which) (?:year|date|month|day|century|decade|time)\b|哪[一]?[年天月]|什么时候|"
+        rf"\bwhen {_VERB}|\bsince when\b|\b(?:what|which) (?:year|date|month|day|century|decade|time)\b|哪[一]?[年天月]|什么时候|"
         r"何时|几[年月日]|哪个(?:世纪|年代|时期|朝代)|什么时间"
     ),
     "name": re.compile(
-        r"\bwho(?:m|se)?\b|\bwhere\b|\b(?:what|which) (?:person|man|woman|king|city|country|state|place|"
+        rf"(?:^|[,.;:?] ?|\b(?:and|by|to|with|for|from|of) )who(?:m|se)?\b|\bwhere {_VERB}|\b(?:what|which) (?:person|man|woman|king|city|country|state|place|"
         r"company|team|name)|谁|哪位|何人|叫什么|哪里|哪儿|何地|哪个(?:国家|城市|地方|省)|什么名字|什么地方"
     ),
     "reason": re.compile(r"\bwhy\b|\b(?:what|for what) (?:reason|cause|purpose)|为什么|为何|原因|目的是"),
@@ -267,13 +269,14 @@ def rank_sentences(
 ) -> list[RankedEvidence]:
     """The sentences of the hits by how well they answer the question.
 
-    Twice where the hits hold both languages: first with those in the question's language preferred,
-    then with the others; which to believe is for `support_probability` to say. Empty without hits.
+    Twice where there are hits in both languages: first with those in the question's language
+    preferred, then with the others; which to believe is for `support_probability` to say. Empty without hits.
     """
     found = sentence_features(question, terms, weights, hits)
     sentences, features = found.sentences, found.rows
     language = detect_language(question)
-    own = np.array([detect_language(item.text) == language for item in sentences], dtype=bool)
+    same = [detect_language(hit.chunk.text) == language for hit in hits]
+    own = np.array([same[item.hit_number - 1] for item in sentences], dtype=bool)
     ranked = []
     for across, preferred in ((False, own), (True, ~own)):
         if not preferred.any():

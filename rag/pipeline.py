@@ -240,11 +240,12 @@ class Rag:
             features = support_features(
                 weighed.terms, evidence=evidence, hit=retrieval.best_match, pool=retrieval.pool_match
             )
-            found, threshold = support_probability(features, evidence.across)
-            if not sentences or found > support:
+            found, fitted = support_probability(features, evidence.across)
+            # What is said in the other language comes in where the question's own says nothing, and then
+            # only beyond doubt.
+            if not sentences or support < threshold and not is_doubtful(found):
                 sentences, support = evidence.sentences, found
-        if sentences and self._own_threshold is not None:
-            threshold = self._own_threshold
+            threshold = fitted if self._own_threshold is None else self._own_threshold
         return _Plan(
             question=question, retrieval=retrieval, sentences=sentences, support=support,
             refuse=support < threshold, seconds_retrieval=time.perf_counter() - began, began=began,

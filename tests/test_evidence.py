@@ -78,7 +78,9 @@ def test_the_best_sentence_is_the_one_with_most_weight():
 
 @pytest.mark.parametrize(
     ("question", "kinds"),
-    [("How many pages?", {"number"}), ("合同哪一年生效？", {"time"}), ("Why is it so?", {"reason"}), ("谁付款？", {"name"})],
+    [("How many pages?", {"number"}), ("合同哪一年生效？", {"time"}), ("Why is it so?", {"reason"}), ("谁付款？", {"name"}),
+     ("What is the exit code when a file is unreadable?", set()), ("Which tenant who left owes rent?", set()),
+     ("When did it open, and who paid?", {"time", "name"}), ("Where is the office?", {"name"})],
 )
 def test_what_is_asked_for_is_seen_in_both_languages(question, kinds):
     assert asked_for(question) == kinds

@@ -221,7 +221,9 @@ def first_right(lists: Sequence[tuple[np.ndarray, np.ndarray]], weights: dict[st
     return float(np.mean([right[np.argmax(rows @ vector)] for rows, right in lists]))
 
 
-def fit_support(rows: np.ndarray, labels: np.ndarray) -> tuple[dict[str, float], float, float]:
+def fit_support(
+    rows: np.ndarray, labels: np.ndarray, *, lenient: bool = False
+) -> tuple[dict[str, float], float, float]:
     """Logistic weights, the threshold that refuses most rightly, and the one below which to doubt.
 
     Each weight has the sign its meaning gives it: folders differ from the questions fitted on, and
@@ -251,14 +253,30 @@ def fit_support(rows: np.ndarray, labels: np.ndarray) -> tuple[dict[str, float],
     fitted = signed().detach().numpy() / scale
     probability = 1 / (1 + np.exp(-(rows @ fitted)))
     weights = {name: round(float(weight), 5) for name, weight in zip(names, fitted, strict=True)}
-    refuse, doubt = (_best_threshold(probability, labels, prior) for prior in (ANSWERABLE_PRIOR, 1.0))
+    refuse, doubt = (
+        _best_threshold(probability, labels, prior, lenient=lenient) for prior in (ANSWERABLE_PRIOR, 1.0)
+    )
     return weights, refuse, doubt
 
 
-def _best_threshold(probability: np.ndarray, labels: np.ndarray, prior: float) -> float:
+def _best_threshold(
+    probability: np.ndarray, labels: np.ndarray, prior: float, *, lenient: bool = False
+) -> float:
+    """The threshold that decides rightly most often.
+
+    `lenient`: the least one that does so within a standard error (Breiman et al., 1984), where the
+    questions fitted on are nearer to their passages than people's are.
+    """
     candidates = np.linspace(0.02, 0.95, 94)
-    right = [prior * (probability[labels] >= at).mean() + (probability[~labels] < at).mean() for at in candidates]
-    return float(candidates[int(np.argmax(right))])
+    kept = np.array([(probability[labels] >= at).mean() for at in candidates])
+    refused = np.array([(probability[~labels] < at).mean() for at in candidates])
+    right = prior * kept + refused
+    best = int(np.argmax(right))
+    error = np.sqrt(
+        prior**2 * kept[best] * (1 - kept[best]) / labels.sum()
+        + refused[best] * (1 - refused[best]) / (~labels).sum()
+    )
+    return float(candidates[int(np.argmax(right >= right[best] - (error if lenient else 0.0)))])
 
 
 def _close_lists(
@@ -433,7 +451,7 @@ def _fit_and_write(parts: Parts, out: Path) -> None:
     print("passages fitted", flush=True)
     own, threshold, doubt = fit_evidence([*parts.fit.values(), *parts.reworded.values()], parts.swapped.values())
     halves = [(items[: int(len(items) * 0.7)], items[int(len(items) * 0.7) :]) for items in parts.across.values()]
-    across, across_threshold, _ = fit_evidence([items for items, _ in halves], ())
+    across, across_threshold, _ = fit_evidence([items for items, _ in halves], (), lenient=True)
     # One threshold serves both: the probabilities across languages are moved to where it is right for them.
     across.support["bias"] = round(across.support["bias"] + _logit(threshold) - _logit(across_threshold), 5)
     figures = {
@@ -458,7 +476,7 @@ class EvidenceWeights:
 
 
 def fit_evidence(
-    groups: Sequence[Sequence[Searched]], swapped: Iterable[Sequence[Searched]]
+    groups: Sequence[Sequence[Searched]], swapped: Iterable[Sequence[Searched]], *, lenient: bool = False
 ) -> tuple[EvidenceWeights, float, float]:
     """Sentence and support weights on ranked questions, and the thresholds of `fit_support`."""
     sentence = fit_listwise(
@@ -468,7 +486,8 @@ def fit_evidence(
     parts = [_support_rows(items, vector) for items in groups]
     parts += [_support_rows(items, vector, swapped=True) for items in swapped]
     support, threshold, doubt = fit_support(
-        np.concatenate([rows for rows, _ in parts]), np.concatenate([labels for _, labels in parts])
+        np.concatenate([rows for rows, _ in parts]), np.concatenate([labels for _, labels in parts]),
+        lenient=lenient,
     )
     return EvidenceWeights(sentence, support), threshold, doubt
 
