@@ -51,6 +51,8 @@ def build_base(documents: Path, kb: Path) -> None:
 def _environment(kb: Path) -> dict[str, str]:
     """This process's, with no setting but the knowledge base."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAG_")}
+    # The browser works on the same machine: a model that computes on every core would starve it.
+    kept["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 2) - 1))
     return {**kept, "RAG_KB": str(kb), "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
@@ -55,13 +56,22 @@ def write_two_page_pdf(file: Path) -> None:
 
 
 def make_slow_model(folder: Path) -> Path:
-    """Random weights that write nonsense for many seconds."""
+    """Random weights that write nonsense for many seconds: they never write a special token, so never end."""
+    from safetensors.torch import load_file, save_file
+
     from tests.tiny_models import make_model
 
-    return make_model(
+    model = make_model(
         folder, "llama", hidden_size=384, intermediate_size=1024, num_hidden_layers=8,
         max_position_embeddings=16_384,
     )
+    file = model / "model.safetensors"
+    weights = load_file(file)
+    head = "lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight"
+    special = [item["id"] for item in json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]]
+    weights[head][special] = 0.0  # the best of many random logits is above zero
+    save_file(weights, file, metadata={"format": "pt"})
+    return model
 
 
 @pytest.fixture(scope="module")
