@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.retrieval import DEPTH, SETS, civil_code, measure_search, paragraphs_as_files
+from benchmarks.retrieval import DEPTH, SETS, STATUTE, measure_search, read_set
 from ingest import sync
 from rag import Rag, Settings
 from rag.retrieval_steps import STEPS
@@ -31,12 +31,9 @@ def main() -> None:
     options = parser.parse_args()
     figures: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="ablation-") as work:
-        for name in (*SETS, "civil_code_pdf_zh"):
+        for name in (*SETS, STATUTE):
             folder = Path(work) / name
-            if name in SETS:
-                questions = paragraphs_as_files(options.data / f"{name}.json.xz", folder)
-            else:
-                questions = civil_code(options.data / name, folder)
+            questions = read_set(options.data, name, folder)
             questions = questions[:: max(1, -(-len(questions) // options.questions))]
             kb = str(folder) + ".kb"
             sync([folder], settings=Settings(kb=kb))

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.retrieval import SETS, STATUTE
 from ingest import sync
 from rag import Rag, Settings
-from rag.evidence import SUPPORT_FEATURES, support_probability
+from rag.evidence import built_in_threshold
 
-SETS = ("squad_open_dev", "cmrc2018_dev")
 _LEFT_OUT = 5
 _LINE = "{:44} {:>7} {:>9} {:>9} {:>7}"
 
@@ -51,7 +51,7 @@ def build(folder: Path, files: dict[str, bytes]) -> Rag:
 
 def report(name: str, kept: Sequence[float], refused: Sequence[float]) -> None:
     """One line: shares kept and refused at the built-in threshold, their mean, and the AUC of support."""
-    threshold = support_probability(np.zeros(len(SUPPORT_FEATURES)))[1]
+    threshold = built_in_threshold()
     yes, no = np.array(kept), np.array(refused)
     right = float((yes >= threshold).mean()), float((no < threshold).mean())
     auc = float((yes[:, None] > no[None]).mean())
@@ -81,7 +81,7 @@ def main() -> None:
             far = some([question for article in articles[half:] for question in questions_of(article)])
             report(f"{name}, paragraph left out", support, [rag.support(question) for question in near])
             report(f"{name}, article left out", support, [rag.support(question) for question in far])
-        source = options.data / "civil_code_pdf_zh"
+        source = options.data / STATUTE
         rag = build(Path(work) / "statute", {"civil_code.pdf": (source / "civil_code.pdf").read_bytes()})
         rows = map(json.loads, (source / "questions.jsonl").read_text(encoding="utf-8").splitlines())
         asked = some([row["question"] for row in rows if row["all_gold_in_civil_code"]])

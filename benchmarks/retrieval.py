@@ -24,6 +24,7 @@ from rag import Rag, Settings
 from rag.answer import Hit
 
 SETS = ("squad_open_dev", "cmrc2018_dev")
+STATUTE = "civil_code_pdf_zh"
 DEPTH = 10
 Right = Callable[[Hit], bool]
 
@@ -55,6 +56,13 @@ def civil_code(source: Path, folder: Path) -> list[tuple[str, Right]]:
             pages = {gold["pdf_page_1based"] for gold in row["gold"]}
             questions.append((row["question"], lambda hit, pages=pages: hit.to_dict()["page"] in pages))
     return questions
+
+
+def read_set(data: Path, name: str, folder: Path) -> list[tuple[str, Right]]:
+    """Write the documents of one of SETS or of STATUTE to `folder`; its questions."""
+    if name == STATUTE:
+        return civil_code(data / name, folder)
+    return paragraphs_as_files(data / f"{name}.json.xz", folder)
 
 
 def bm25_hits(rag: Rag, question: str) -> list[Hit]:
@@ -113,12 +121,9 @@ def main() -> None:
     options = parser.parse_args()
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="retrieval-") as work:
-        for name in (*SETS, "civil_code_pdf_zh"):
+        for name in (*SETS, STATUTE):
             folder = Path(work) / name
-            if name in SETS:
-                questions = paragraphs_as_files(options.data / f"{name}.json.xz", folder)
-            else:
-                questions = civil_code(options.data / name, folder)
+            questions = read_set(options.data, name, folder)
             settings = Settings(kb=str(folder) + ".kb", embedder=options.embedder)
             sync([folder], settings=settings)
             rag = Rag.open(settings=settings)

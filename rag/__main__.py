@@ -181,16 +181,14 @@ def _print_sources(answer: Answer) -> None:
     if answer.citations:
         print("\nSources")
     for citation in answer.citations:
-        page = f", page {citation.page}" if citation.page is not None else ""
-        place = f"  [{citation.marker}] {citation.path}{page}, characters {citation.start}-{citation.end}"
+        place = f"  [{citation.marker}] {_place(citation.path, citation.page)}, characters {citation.start}-{citation.end}"
         # A quotation has just been shown; beside the model's own words the source's are needed.
         print(place if answer.kind == "quoted" else f"{place}: {one_line(citation.quote)}")
     _print_disagreements(answer)
     if answer.refused and answer.hits:
         print("\nNearest passages")
         for hit in answer.hits:
-            page = f", page {hit.page}" if hit.page is not None else ""
-            print(f"  {hit.chunk.path}{page}: {one_line(hit.chunk.text)[:120]}")
+            print(f"  {_place(hit.chunk.path, hit.page)}: {one_line(hit.chunk.text)[:120]}")
     stats = answer.stats
     cost = f"retrieval {stats.seconds_retrieval * 1000:.0f} ms"
     if stats.generator:
@@ -203,6 +201,10 @@ def _print_sources(answer: Answer) -> None:
     print(f"\n{cost}", file=sys.stderr)
 
 
+def _place(path: str, page: int | None) -> str:
+    return path if page is None else f"{path}, page {page}"
+
+
 _DISAGREE = {"en": "The documents disagree", "zh": "文档说法不一"}
 
 
@@ -213,9 +215,8 @@ def _print_disagreements(answer: Answer) -> None:
     for each in answer.disagreements:
         print(f"\n{_DISAGREE[detect_language(answer.question)]}")
         for citation, words in ((each.first, each.first_words), (each.second, each.second_words)):
-            page = f", page {citation.page}" if citation.page is not None else ""
             quote = "" if each.kind == "negation" else f": {one_line(citation.quote)}"
-            print(f"  [{citation.marker}] {citation.path}{page}: {one_line(words)}{quote}")
+            print(f"  [{citation.marker}] {_place(citation.path, citation.page)}: {one_line(words)}{quote}")
 
 
 def _retrieve(options: argparse.Namespace, settings: Settings) -> int:
@@ -252,8 +253,7 @@ def _batch(options: argparse.Namespace, settings: Settings) -> int:
 
     rows, where = read_questions(options.source), _where(options)
     rag = Rag.open(settings=settings)
-    if not where.is_everything and not rag.base.matching(where):
-        raise where.nothing_matches(rag.base.files())  # one error, not one for every question
+    rag.retriever.check_filter(where)  # one error, not one for every question
     # Now, so that a model that can't be loaded is one error and not one for every question.
     rag.generator  # noqa: B018
     with tqdm(total=len(rows), unit="question", file=sys.stderr, disable=False) as bar:

@@ -379,6 +379,11 @@ def support_features(
     ])
 
 
+def built_in_threshold() -> float:
+    """The support below which to refuse, where none was fitted to one's own base."""
+    return _fitted().threshold
+
+
 def is_doubtful(support: float) -> bool:
     """Whether questions with this support are as likely to have no answer there as to have one."""
     return support < _fitted().doubt

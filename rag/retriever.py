@@ -110,13 +110,17 @@ class Retriever:
             return []
         vectors = self.embedder.embed_questions(questions)
         with self.base.snapshot():
-            if not where.is_everything and not self.base.matching(where):
-                raise where.nothing_matches(self.base.files())
+            self.check_filter(where)
             found = self.base.search_dense(vectors, max(CANDIDATES, 3 * k), where=where)
             return [
                 self._retrieve_one(question, vector, dense, k, where)
                 for question, vector, dense in zip(questions, vectors, found, strict=True)
             ]
+
+    def check_filter(self, where: Filter) -> None:
+        """Raise InputError where no file of the base is in `where`."""
+        if not where.is_everything and not self.base.matching(where):
+            raise where.nothing_matches(self.base.files())
 
     def weigh(self, question: str) -> WeighedQuestion:
         """The question's terms with their weights in this base."""

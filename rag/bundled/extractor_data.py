@@ -18,7 +18,7 @@ import numpy.typing as npt
 from scipy import sparse
 from tokenizers import Tokenizer
 
-from rag.bundled.heaviest_word import heaviest_word
+from rag.bundled.heaviest_word import about_another, heaviest_word
 from rag.bundled.made_questions import made_across_languages, made_by_patterns, made_from_chinese
 from rag.bundled.training_data import held_out, is_measured, read_rows
 from rag.embedder import BUNDLED
@@ -166,11 +166,9 @@ def _of_another_subject(asked: Sequence[_Question], rng: random.Random) -> Itera
         weights = {term: -math.log(known.shares.get(term, 1e-7)) for term in terms}
         places.append(heaviest_word(item.question, weights))
     for at in range(0, len(some) - 1, 2):
-        other = at + 1
-        item, (start, end) = some[at], places[at]
-        word = some[other].question[slice(*places[other])]
-        if end and word and word.lower() not in item.text.lower():
-            yield replace(item, question=item.question[:start] + word + item.question[end:])
+        word = some[at + 1].question[slice(*places[at + 1])]
+        if question := about_another(some[at].question, places[at], word, some[at].text):
+            yield replace(some[at], question=question)
 
 
 def read_heldout(data: Path, language: str) -> Reading:

@@ -34,24 +34,6 @@ def shifted(x: Tensor, by: int) -> Tensor:
     return torch.cat([padded[:, :length], x, padded[:, 2 * by : 2 * by + length]], dim=2)
 
 
-class ChannelDropout(nn.Module):
-    """Whole channels of a row are left out, over all its tokens (Tompson et al., 2015).
-
-    As strong as token by token where neighbours say the same, and a random number a channel costs
-    nothing beside one a number: (B, T, d) -> (B, T, d).
-    """
-
-    def __init__(self, share: float) -> None:
-        super().__init__()
-        self.share = share
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.share:
-            return x
-        kept = torch.rand(x.shape[0], 1, x.shape[2]) >= self.share
-        return x * (kept.to(x.dtype) / (1 - self.share))
-
-
 class GatedConvolution(nn.Module):
     """Width 3, dilated, conditioned on a vector, residual: (B, T, d) -> (B, T, d)."""
 
@@ -80,7 +62,7 @@ class ExtractorModel(nn.Module):
     unit: Tensor
     weight: Tensor
 
-    def __init__(self, shape: ExtractorShape, table: Tensor, dropout: float = 0.0) -> None:
+    def __init__(self, shape: ExtractorShape, table: Tensor) -> None:
         super().__init__()
         width = shape.width
         self.register_buffer("table", table, persistent=False)  # (V, embedding)
@@ -103,7 +85,6 @@ class ExtractorModel(nn.Module):
         self.start, self.end = nn.Linear(width, 1), nn.Linear(width, 1)
         self.start_question, self.end_question = nn.Linear(width, width), nn.Linear(width, width)
         self.null = nn.Linear(width, 2)
-        self.dropout = ChannelDropout(dropout)
 
     def forward(self, question: Tensor, passages: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids (B, Q) and (B, T), -1 where there is none, between passages too.
@@ -115,7 +96,7 @@ class ExtractorModel(nn.Module):
         e_q, e_p = self.table[asked_ids], self.table[said_ids]  # (B, Q, e), (B, T, e)
         mask_q, mask_p = asked[..., None].to(e_q.dtype), said[..., None].to(e_q.dtype)
         # the question
-        x_q = first_q = self.project_norm(self.project(self.dropout(e_q))) * mask_q
+        x_q = first_q = self.project_norm(self.project(e_q)) * mask_q
         for layer in self.question_layers:
             x_q = layer(x_q, mask_q)
         shares = self.pool(x_q).masked_fill(~asked[..., None], -1e4).softmax(dim=1)
@@ -133,10 +114,10 @@ class ExtractorModel(nn.Module):
         attention = attention.masked_fill(~asked[:, None], -1e4).softmax(dim=2)
         aligned = attention @ first_q  # (B, T, d)
         # the passages
-        x = self.project_norm(self.project(self.dropout(e_p)))
+        x = self.project_norm(self.project(e_p))
         x = self.join_norm(self.join(torch.cat([x, aligned, x * aligned, features], dim=2))) * mask_p
         for layer in self.layers:
-            x = layer(self.dropout(x), mask_p, pooled)
+            x = layer(x, mask_p, pooled)
         null = self.null(pooled)  # (B, 2)
         logits = []
         for head, by_question, empty in (

@@ -23,7 +23,7 @@ import torch
 
 from rag import evidence, ranking
 from rag.answer import Hit
-from rag.bundled.heaviest_word import heaviest_word
+from rag.bundled.heaviest_word import about_another, heaviest_word
 from rag.bundled.made_questions import made_across_languages, made_by_patterns
 from rag.bundled.training_data import held_out, is_measured, read_rows
 from rag.document import Chunk, Document
@@ -112,11 +112,9 @@ def of_another_subject(items: Sequence[Searched], rng: random.Random) -> list[Fi
     swapped = []
     for at in range(0, len(items), 2):
         other = rng.randrange(len(items))
-        mine, theirs = items[at].question.question, items[other].question.question
-        word = theirs[slice(*places[other])]
-        start, end = places[at]
-        if end and word and word.lower() not in items[at].question.passage.lower():
-            swapped.append(replace(items[at].question, question=mine[:start] + word + mine[end:]))
+        mine, word = items[at].question, items[other].question.question[slice(*places[other])]
+        if question := about_another(mine.question, places[at], word, mine.passage):
+            swapped.append(replace(mine, question=question))
     return swapped
 
 

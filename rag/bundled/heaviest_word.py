@@ -1,4 +1,4 @@
-"""The word of a question that says most: what it is about."""
+"""The word of a question that says most, what it is about, and another one put in its place."""
 
 from __future__ import annotations
 
@@ -19,3 +19,14 @@ def heaviest_word(question: str, weights: Mapping[str, float]) -> tuple[int, int
         if weight > best:
             best, place = weight, (start, end)
     return place
+
+
+def about_another(question: str, place: tuple[int, int], word: str, text: str) -> str | None:
+    """The question with `word` where its heaviest one stands, so that `text` answers it no more.
+
+    None where it has no heaviest word, or the text holds that word too.
+    """
+    start, end = place
+    if not end or not word or word.lower() in text.lower():
+        return None
+    return question[:start] + word + question[end:]

@@ -22,7 +22,7 @@ from rag.answer import Hit
 from rag.document import Chunk
 from rag.embedder import load_embedder
 from rag.errors import InputError
-from rag.evidence import SUPPORT_FEATURES, support_probability
+from rag.evidence import built_in_threshold
 from rag.knowledge import KnowledgeBase, StoredChunk
 from rag.pipeline import Rag
 from rag.quality.evaluation import EvalQuestion, holds
@@ -180,7 +180,7 @@ def fit(settings: Settings, supports: Supports) -> RefusalFit:
             f"there are {len(answerable)} questions whose passage is found and {len(unanswerable)} without an "
             f"answer; a fit needs {LEAST} of each. Ingest more documents, or bring questions with --questions."
         )
-    built_in = support_probability(np.zeros(len(SUPPORT_FEATURES)))[1]
+    built_in = built_in_threshold()
     threshold = _best_threshold(answerable, unanswerable)
     return RefusalFit(
         threshold=round(threshold, 4), built_in=round(built_in, 4),
