@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.conversations import Turn
+from app.conversations import ENDED, Turn
 from app.texts import InterfaceLanguage, number, text
 from rag.answer import Answer, Citation, Disagreement, GenerationStats, Hit
 from rag.filter import Filter
@@ -154,13 +154,18 @@ def copy_html(answer_text: str, language: InterfaceLanguage) -> str:
 
 
 def live_html(turn: Turn, language: InterfaceLanguage, *, num_before: int) -> str:
-    """An answer that is being made: the stage it is in, then the text so far."""
-    if turn.state == "queued":
+    """An answer that is being made: the stage it is in, then the text so far.
+
+    The turn may end in its own thread at any moment, this one included: it is then shown as still
+    being written, and the page, which looks again, shows what became of it.
+    """
+    state = turn.state
+    if state == "queued":
         stage = (
             text(language, "queued", count=num_before) if num_before else text(language, "next")
         )
     else:
-        stage = text(language, turn.state, count=len(turn.hits))
+        stage = text(language, "writing" if state in ENDED else state, count=len(turn.hits))
     body = ""
     if turn.text:
         shown = _with_markers(turn.text, {}, "")

@@ -108,6 +108,14 @@ def test_nothing_from_a_user_a_model_or_a_document_becomes_markup() -> None:
         assert "<script>alert(1)</script>" in found.text
 
 
+@pytest.mark.parametrize("state", ["done", "stopped", "failed"])
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_turn_that_ends_while_it_is_drawn_is_drawn_as_being_written(state: Any, language: Any) -> None:
+    # The worker's thread ends a turn between the page's look at it and the drawing: a KeyError once.
+    html = live_html(Turn("q", state=state, text="The fee"), language, num_before=0)
+    assert texts.text(language, "writing") in html and "The fee" in html
+
+
 def test_a_label_shows_markdown_signs_as_they_are() -> None:
     assert escape_label("a*b [c](d)\n_e_") == r"a\*b \[c\]\(d\) \_e\_"
 
