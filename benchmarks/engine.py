@@ -84,11 +84,12 @@ class Runner(Protocol):
 class OursRunner:
     def __init__(self, folder: Path, *, bits: Literal[8, 4] | None = None) -> None:
         from rag.engine import create_engine
+        from rag.engine.own_thread import in_own_thread
 
-        model = load_model(folder)
-        self._engine = create_engine(
-            model, context_length=CONTEXT, kv_tokens=6 * CONTEXT, release=True, bits=bits
-        )
+        # As load_generator does it.
+        self._engine = in_own_thread(lambda: create_engine(
+            load_model(folder), context_length=CONTEXT, kv_tokens=6 * CONTEXT, release=True, bits=bits
+        ))
 
     def run(self, prompts: Sequence[list[int]], new: int) -> Timing:
         from rag.engine import Request

@@ -545,6 +545,13 @@ def load_generator(settings: Settings) -> Generator:
         from rag.remote import load_remote
 
         return load_remote(settings)
+    from rag.engine.own_thread import in_own_thread
+
+    return in_own_thread(lambda: _load_here(settings))
+
+
+def _load_here(settings: Settings) -> Generator:
+    """A generator on this machine, loaded in the calling thread."""
     from transformers import AutoTokenizer
 
     from rag.engine import create_engine

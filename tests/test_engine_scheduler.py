@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from rag.engine import Event, FinishEvent, Request, Sampling, TokenEvent
 from rag.engine.drafting import Drafter
+from rag.engine.kvcache import KVPool
 from rag.engine.model import DecoderModel
 from rag.engine.scheduler import Limits, PooledEngine
 from rag.errors import GeneratorError
@@ -139,6 +141,35 @@ def test_the_pool_never_holds_more_than_its_budget() -> None:
         assert stats.free + stats.cached == stats.capacity == 512
     assert stats.evicted_tokens > 5000
     assert stats.bytes == 3 * 2 * 2 * 16 * 512 * 4  # layers, K and V, heads, dims, slots, bytes
+
+
+def test_an_idle_engine_gets_memory_for_the_slots_that_come_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A page of memory that was never written costs its first writer, in place of the prompt's reader.
+    slot = 3 * 2 * 2 * 16 * 4  # layers, K and V, heads, dims, bytes
+    monkeypatch.setattr("rag.engine.scheduler._AHEAD_BYTES", 200 * slot)
+    touched: list[tuple[int, int]] = []
+    touch = KVPool.touch
+    monkeypatch.setattr(
+        KVPool, "touch", lambda pool, a, b: (touched.append((a, b)), touch(pool, a, b))
+    )
+    engine = make_engine(kv=1000)
+
+    def touched_after(end: int) -> bool:
+        for _ in range(500):
+            if engine._touched == end:
+                return True
+            time.sleep(0.01)
+        return False
+
+    assert touched_after(200), "before the first request"
+    prompt = tuple(random.Random(5).choices(range(8, 408), k=100))
+    first = tokens_of(list(engine.generate([Request("a", prompt, 4)])))
+    (used, end) = engine._cache.free.last
+    assert end == 1000 and touched_after(used + 200)
+    assert [a for a, _ in touched] == [0, *(b for _, b in touched[:-1])], "no slot twice"
+    assert all(b <= 200 or a >= 200 for a, b in touched)
+    again = tokens_of(list(engine.generate([Request("a", prompt, 4)])))
+    assert again == first and engine.stats().cache.hit_tokens > 0, "what is cached was left alone"
 
 
 def test_where_slots_run_out_the_youngest_is_computed_again() -> None:

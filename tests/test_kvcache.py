@@ -63,6 +63,21 @@ def test_slots_go_on_where_asked_then_fit_best() -> None:
         free.give((3, 4))
 
 
+def test_the_free_slots_at_the_end_of_a_pool() -> None:
+    free = FreeSlots(100)
+    assert free.last == (0, 100)
+    free.take(40)
+    assert free.last == (40, 100)
+    free.give((10, 20))
+    assert free.last == (40, 100)
+    free.take(60)
+    assert list(free) == [(10, 20)] and free.last == (100, 100)
+    free.take(10)
+    assert free.last == (100, 100)
+    free.give((90, 100))
+    assert free.last == (90, 100)
+
+
 def test_a_cached_beginning_is_found_and_its_slots_are_its_own() -> None:
     cache = PrefixCache(32)
     slots = cache_tokens(cache, [1, 2, 3, 4, 5])

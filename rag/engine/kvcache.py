@@ -72,10 +72,17 @@ class FreeSlots:
 
     def __init__(self, capacity: int) -> None:
         self._extents: list[Extent] = [(0, capacity)] if capacity else []
+        self._capacity = capacity
         self.total = capacity
 
     def __iter__(self) -> Iterator[Extent]:
         return iter(self._extents)
+
+    @property
+    def last(self) -> Extent:
+        """The free slots at the pool's end."""
+        last = self._extents[-1] if self._extents else (self._capacity, self._capacity)
+        return last if last[1] == self._capacity else (self._capacity, self._capacity)
 
     def take(self, length: int, *, after: int | None = None) -> list[Extent]:
         """`length` slots in as few extents as can be, going on from slot `after` where that is free.
@@ -348,8 +355,8 @@ class KVPool:
     """Keys and values of `capacity` token slots: one allocation for each layer and kind.
 
     Both are (kv heads, slots, head dim). Nothing is written at first, so that a system which hands
-    out memory on first use (Linux, macOS) gives only what is used; no slot is read before it is
-    written.
+    out memory on first use (Linux, macOS) gives only what is used, or asked for by `touch`; no slot
+    is read before it is written.
     """
 
     def __init__(
@@ -386,6 +393,11 @@ class KVPool:
     @property
     def bytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self._keys, *self._values))
+
+    def touch(self, start: int, end: int) -> None:
+        """Have the system hand out the memory of slots [start, end), which nobody may be using."""
+        for tensor in (*self._keys, *self._values):
+            tensor[:, start:end] = 0
 
     def keys(self, layer: int, start: int, end: int) -> torch.Tensor:
         """(kv heads, end - start, head dim), a view."""
