@@ -5,16 +5,17 @@ from __future__ import annotations
 import fnmatch
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import date, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from rag.errors import InputError
 
 if TYPE_CHECKING:
     from rag.knowledge import FileRecord
 
+T = TypeVar("T")
 _SHOWN = 8  # folders and kinds that an error names
 
 
@@ -172,3 +173,17 @@ def _listed(counts: Counter[str]) -> str:
 
 
 EVERYTHING = Filter()
+
+
+class LastChoice(Generic[T]):
+    """What a filter chose of one generation of a base, worked out once and kept until another is asked
+    for. Threads may share it: at worst two work out the same."""
+
+    def __init__(self) -> None:
+        self._last: tuple[int, Filter, T] | None = None
+
+    def get(self, generation: int, where: Filter, choose: Callable[[], T]) -> T:
+        last = self._last
+        if last is None or last[:2] != (generation, where):
+            self._last = last = (generation, where, choose())
+        return last[2]

@@ -43,7 +43,7 @@ from rag.dense_index import (
 from rag.document import Chunk, Document, Heading, Page
 from rag.embedder import Embedder, Vectors
 from rag.errors import KnowledgeBaseError
-from rag.filter import EVERYTHING, Filter
+from rag.filter import EVERYTHING, Filter, LastChoice
 from rag.terms import passage_terms
 
 SCHEMA_VERSION = "1"
@@ -135,10 +135,8 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class _Chosen:
-    """What a filter chooses of one generation: files by path, and the rows of their chunks, ascending."""
+    """What a filter chooses: files by path, and the rows of their chunks, ascending."""
 
-    generation: int
-    where: Filter
     paths: tuple[str, ...]
     rows: Rows
 
@@ -180,7 +178,7 @@ class KnowledgeBase:
         self._index_lock = threading.Lock()
         self._lock = filelock.FileLock(str(folder / "writer.lock"), timeout=0)
         self._writing = threading.Lock()
-        self._chosen: _Chosen | None = None  # of the filter that was asked last
+        self._chosen: LastChoice[_Chosen] = LastChoice()
 
     # opening
 
@@ -383,15 +381,15 @@ class KnowledgeBase:
             return self._choose(where).paths
 
     def _choose(self, where: Filter) -> _Chosen:
-        """Worked out once for a filter and a generation. Call inside `snapshot`."""
-        generation, chosen = self.generation, self._chosen
-        if chosen is None or (chosen.generation, chosen.where) != (generation, where):
+        """Call inside `snapshot`."""
+
+        def choose() -> _Chosen:
             paths = where.choose(self.files())
             query = "SELECT id FROM chunks WHERE path IN (SELECT value FROM json_each(?)) ORDER BY id"
             found = self._connection.execute(query, (json.dumps(paths),)).fetchall()
-            rows = np.array(found, dtype=np.int64).reshape(-1)
-            self._chosen = chosen = _Chosen(generation, where, tuple(paths), rows)
-        return chosen
+            return _Chosen(tuple(paths), np.array(found, dtype=np.int64).reshape(-1))
+
+        return self._chosen.get(self.generation, where, choose)
 
     def count_chunks(self) -> int:
         return int(self._connection.execute("SELECT count(*) FROM chunks").fetchone()[0])

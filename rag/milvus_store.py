@@ -41,7 +41,7 @@ from rag.dense_index import Found, IndexFacts, Rows
 from rag.document import Chunk, Document, Heading, Page
 from rag.embedder import Embedder, Vectors
 from rag.errors import KnowledgeBaseError
-from rag.filter import EVERYTHING, Filter
+from rag.filter import EVERYTHING, Filter, LastChoice
 from rag.knowledge import FileRecord, StoredChunk, path_words, refuse_other_embedder
 from rag.terms import passage_terms
 
@@ -97,10 +97,8 @@ class _Stored:
 
 @dataclass(frozen=True, slots=True)
 class _Chosen:
-    """What a filter chooses of one generation: files by path, and the condition on rows; None: no row."""
+    """What a filter chooses: files by path, and the condition on rows; None: no row."""
 
-    generation: int
-    where: Filter
     paths: tuple[str, ...]
     condition: str | None
 
@@ -163,7 +161,7 @@ class MilvusStore:
         self._writer_key = f"{socket.gethostname()} pid {os.getpid()} {id(self)}"
         self._lease_until = 0.0
         self._num_chunks = (-1, 0)  # of which generation, how many
-        self._chosen: _Chosen | None = None  # of the filter that was asked last
+        self._chosen: LastChoice[_Chosen] = LastChoice()
         self._gathered: list[_File] | None = None  # files put inside `together`
         self._counted: Counter[int] = Counter()  # changes of term counts that aren't stored yet
 
@@ -491,14 +489,14 @@ class MilvusStore:
             return self._choose(where).paths
 
     def _choose(self, where: Filter) -> _Chosen:
-        """Worked out once for a filter and a generation. Call inside `snapshot`."""
-        generation, chosen = self.generation, self._chosen
-        if chosen is None or (chosen.generation, chosen.where) != (generation, where):
+        """Call inside `snapshot`."""
+
+        def choose() -> _Chosen:
             stored = self._all_files()
             paths = where.choose({path: one.record for path, one in stored.items()})
-            condition = _among([stored[path].rows for path in paths])
-            self._chosen = chosen = _Chosen(generation, where, tuple(paths), condition)
-        return chosen
+            return _Chosen(tuple(paths), _among([stored[path].rows for path in paths]))
+
+        return self._chosen.get(self.generation, where, choose)
 
     def search_dense(self, vectors: Vectors, k: int, *, where: Filter = EVERYTHING) -> Found:
         """For each question vector (n, dim) up to k (row, cosine) of the files in `where`, best first."""

@@ -86,9 +86,9 @@ def test_every_way_of_cutting_the_work_gives_what_transformers_gives(family: str
     }.items():
         engine = make_engine(family, **limits)
         requests = [Request(str(i), prompt, 20) for i, prompt in enumerate(prompts())]
-        for time in ("cold", "warm"):
+        for when in ("cold", "warm"):
             events = list(engine.generate(requests))
-            assert tokens_of(events) == expected, (name, time)
+            assert tokens_of(events) == expected, (name, when)
             assert_empty(engine)
 
 

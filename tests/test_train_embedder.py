@@ -32,7 +32,7 @@ def test_windows_are_runs_of_neighbouring_sentences():
 @pytest.mark.skipif("RAG_TRAINING_DATA" not in os.environ, reason="RAG_TRAINING_DATA names no folder with train/ and eval/")
 def test_questions_kept_for_measuring_are_in_nothing_that_is_trained_on():
     """The legal questions of the training pairs hold all 684 of the civil code set; they are left out."""
-    from rag.bundled.fit_ranking import questions_of
+    from rag.bundled.fit_questions import questions_of
     from rag.bundled.train_embedder import collect_pairs
 
     data = Path(os.environ["RAG_TRAINING_DATA"]) / "train"

@@ -3,6 +3,7 @@
 Reading comprehension (the answer is a span of the passage), retrieval pairs (the whole passage
 answers), questions made from plain text and translations (`made_questions`); of a part of these
 also the question in other words, and one about another subject, which its passage does not answer.
+And questions as people ask (`asked_questions`), which sentences of a passage answer, or nothing does.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from scipy import sparse
 from tokenizers import Tokenizer
 
+from rag.bundled.asked_questions import asked_questions
 from rag.bundled.heaviest_word import about_another, heaviest_word
 from rag.bundled.made_questions import made_across_languages, made_by_patterns, made_from_chinese
 from rag.bundled.training_data import held_out, is_measured, read_rows
@@ -74,19 +76,22 @@ class _Builder:
             self.offsets.append(encoded.offsets)
         return self.places[text]
 
-    def ask(self, question: str, text: str, answer: str | None, source: str, *, answered: bool = True) -> None:
-        ids = self.tokenizer.encode(question, add_special_tokens=False).ids[:LONGEST_QUESTION]
-        at = self.passage(text)
+    def ask(self, item: _Question) -> None:
+        ids = self.tokenizer.encode(item.question, add_special_tokens=False).ids[:LONGEST_QUESTION]
+        at = self.passage(item.text)
         spans: list[tuple[int, int]] = []
-        if answer is not None:
-            begin = text.find(answer)
+        if item.answer is not None:
+            begin = item.text.find(item.answer)
             while begin >= 0 and len(spans) < 8:
-                spans += self._tokens(at, begin, begin + len(answer))
-                begin = text.find(answer, begin + 1)
+                spans += self._tokens(at, begin, begin + len(item.answer))
+                begin = item.text.find(item.answer, begin + 1)
             if not spans:
                 return
+        for start, end in item.sentences:  # wherever in them
+            for first, last in self._tokens(at, start, end):
+                spans += [(token, token) for token in range(first, last + 1)]
         if ids and len(self.passages[at]):
-            self.questions.append(Asked(np.array(ids, dtype=np.int32), at, tuple(spans), source, answered))
+            self.questions.append(Asked(np.array(ids, dtype=np.int32), at, tuple(spans), item.source, item.answered))
 
     def _tokens(self, at: int, begin: int, end: int) -> list[tuple[int, int]]:
         inside = [n for n, (a, b) in enumerate(self.offsets[at]) if a < end and b > begin]
@@ -98,12 +103,8 @@ def read_training(data: Path, *, made: int, seed: int) -> Reading:
     rng = random.Random(seed)
     asked = list(_questions(data, made, rng))
     builder = _Builder()
-    for item in asked:
-        builder.ask(item.question, item.text, item.answer, item.source)
-    for item in _reworded(asked, rng):
-        builder.ask(item.question, item.text, item.answer, item.source)
-    for item in _of_another_subject(asked, rng):
-        builder.ask(item.question, item.text, item.answer, item.source, answered=False)
+    for item in (*asked, *_reworded(asked, rng), *_of_another_subject(asked, rng)):
+        builder.ask(item)
     vocabulary = builder.tokenizer.get_vocab_size()
     negatives = np.zeros((len(builder.questions), NEGATIVES), dtype=np.int32)
     sources = [item.source for item in builder.questions]
@@ -116,7 +117,7 @@ def read_training(data: Path, *, made: int, seed: int) -> Reading:
 # Sources whose passages stand against each other.
 _ALIKE = (
     {"squad1.1-train"}, {"medquad"}, {"made"}, {"drcd-dev-s2t", "cmrc2018-trial"}, {"lecoqa-train"}, {"patterns"},
-    {"translated"},
+    {"translated"}, {"asked"},
 )
 _REWORDED, _SWAPPED = 0.2, 0.08  # shares of the questions that come again in these forms
 
@@ -125,8 +126,10 @@ _REWORDED, _SWAPPED = 0.2, 0.08  # shares of the questions that come again in th
 class _Question:
     question: str
     text: str
-    answer: str | None  # none: all of the text
+    answer: str | None  # none: all of the text, or one of the `sentences`
     source: str
+    sentences: tuple[tuple[int, int], ...] = ()  # [start, end)
+    answered: bool = True
 
 
 def _questions(data: Path, made: int, rng: random.Random) -> Iterator[_Question]:
@@ -147,12 +150,19 @@ def _questions(data: Path, made: int, rng: random.Random) -> Iterator[_Question]
     ):
         for question, text, answer in triples:
             yield _Question(question, text, answer, source)
+    yield from _as_asked(data, held_out=False)
+
+
+def _as_asked(data: Path, *, held_out: bool) -> Iterator[_Question]:
+    for item in asked_questions(data):
+        if item.held_out == held_out:
+            yield _Question(item.question, item.text, None, "asked", item.sentences, answered=bool(item.sentences))
 
 
 def _reworded(asked: Sequence[_Question], rng: random.Random) -> Iterator[_Question]:
     """Some questions with a part of their words replaced by near ones that their passage does not use."""
     for item in asked:
-        if item.source != "translated" and rng.random() < _REWORDED:
+        if item.source not in ("translated", "asked") and rng.random() < _REWORDED:
             yield replace(item, question=reword(item.question, item.text, rng.choice((0.2, 0.35, 0.5)), rng))
 
 
@@ -168,7 +178,7 @@ def _of_another_subject(asked: Sequence[_Question], rng: random.Random) -> Itera
     for at in range(0, len(some) - 1, 2):
         word = some[at + 1].question[slice(*places[at + 1])]
         if question := about_another(some[at].question, places[at], word, some[at].text):
-            yield replace(some[at], question=question)
+            yield replace(some[at], question=question, answered=False)
 
 
 def read_heldout(data: Path, language: str) -> Reading:
@@ -177,7 +187,16 @@ def read_heldout(data: Path, language: str) -> Reading:
     for row in read_rows(data / f"reading_comprehension.{language}.jsonl.xz"):
         answer = str(row["answer"])
         if held_out(row["context"], language) and not is_measured(row["question"]) and answer in row["context"]:
-            builder.ask(row["question"], row["context"], answer, row["src"])
+            builder.ask(_Question(row["question"], row["context"], answer, row["src"]))
+    negatives = most_alike(builder.questions, builder.passages, builder.tokenizer.get_vocab_size())
+    return Reading(builder.passages, builder.questions, negatives)
+
+
+def read_heldout_asked(data: Path) -> Reading:
+    """The held-out ones of the questions that people asked, those without an answer among them."""
+    builder = _Builder()
+    for item in _as_asked(data, held_out=True):
+        builder.ask(item)
     negatives = most_alike(builder.questions, builder.passages, builder.tokenizer.get_vocab_size())
     return Reading(builder.passages, builder.questions, negatives)
 

@@ -1,6 +1,7 @@
 """Fit what ranks passages and sentences and what refuses: `python -m rag.bundled.fit_ranking`.
 
-Uses only questions whose passages the bundled embedder was not trained on. Writes ranking.json
+Uses only questions that neither embedder nor extractor was trained on: of reading comprehension, whose
+writers had the passage before them, and as people ask (`asked_questions`). Writes ranking.json
 (passage weights), evidence.json (sentence weights; support weights with the refusal threshold).
 Passage and sentence weights minimise the listwise softmax loss (ListNet, Cao et al., 2007);
 support is a logistic regression on questions whose gold passage is there or has been taken away.
@@ -11,270 +12,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import random
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from rag import evidence, ranking
 from rag.answer import Hit
-from rag.bundled.heaviest_word import about_another, heaviest_word
-from rag.bundled.made_questions import made_across_languages, made_by_patterns
-from rag.bundled.training_data import held_out, is_measured, read_rows
-from rag.document import Chunk, Document
-from rag.embedder import Embedder, load_embedder
-from rag.knowledge import FileRecord, KnowledgeBase, StoredChunk
-from rag.language import Language, detect_language
-from rag.quality.rewording import reword
-from rag.retriever import CANDIDATES, Retriever, WeighedQuestion
+from rag.bundled.fit_questions import FitQuestion, Parts, Searched, search_all
+from rag.bundled.fit_weights import first_right, fit_listwise, fit_support
+from rag.embedder import load_embedder
 
 HERE = Path(__file__).parent
-LANGUAGES: tuple[Language, ...] = ("en", "zh")
 PASSAGES_GIVEN = 4
-_PASSAGES_ACROSS = 1500
-_ELSEWHERE = 400
-# People ask their documents mostly what stands in them: five questions of six.
-ANSWERABLE_PRIOR = 5.0
-_SUPPORT_SIGNS = {"bias": 2, "terms": 2, "no_kind": -1}
-_REWORDED = (0.25, 0.4, 0.55)  # share of a question's words that give way, drawn for each
-
-
-@dataclass(frozen=True, slots=True)
-class FitQuestion:
-    question: str
-    passage: str
-    answer: str | None  # a span of the passage
-
-
-def questions_of(data: Path, language: Language) -> tuple[list[FitQuestion], list[str]]:
-    """Held-out questions, and every passage of the collection they are asked to."""
-    answers = {
-        (row["question"], row["context"]): str(row["answer"])
-        for row in read_rows(data / f"reading_comprehension.{language}.jsonl.xz")
-        if str(row["answer"]) in row["context"]
-    }
-    found: list[FitQuestion] = []
-    passages: dict[str, None] = {}
-    for row in read_rows(data / f"retrieval_pairs.{language}.jsonl.xz"):
-        if row["src"] == "medquad":
-            continue
-        passages[row["positive"]] = None
-        if held_out(row["positive"], language) and not is_measured(row["query"]):
-            answer = answers.get((row["query"], row["positive"]))
-            found.append(FitQuestion(row["query"], row["positive"], answer))
-    return found, list(passages)
-
-
-def questions_across(data: Path, rng: random.Random) -> dict[Language, tuple[list[FitQuestion], list[str]]]:
-    """For each language of questions: held-out questions about translated passages in the other one,
-    and a collection of such passages with theirs among them."""
-    asked = [FitQuestion(*row) for row in made_across_languages(data, rng, fitting=True)]
-    others = [text for _, text, _ in made_across_languages(data, rng)]
-    found: dict[Language, tuple[list[FitQuestion], list[str]]] = {}
-    for language in LANGUAGES:
-        mine = [item for item in asked if detect_language(item.question) == language]
-        theirs = [text for text in others if detect_language(text) != language]
-        found[language] = mine, [*(item.passage for item in mine), *theirs[:_PASSAGES_ACROSS]]
-    return found
-
-
-def questions_elsewhere(data: Path, language: Language, rng: random.Random) -> list[FitQuestion]:
-    """Questions about manuals and medicine, which no passage of the collections fitted on is about."""
-    asked = [question for question, _, _ in made_by_patterns(data, rng) if detect_language(question) == language]
-    if language == "en":
-        rows = read_rows(data / "retrieval_pairs.en.jsonl.xz")
-        asked += [row["query"] for row in rows if row["src"] == "medquad" and held_out(row["positive"], "en")]
-    return [FitQuestion(question, "", None) for question in rng.sample(asked, min(len(asked), _ELSEWHERE))]
-
-
-def titles_of(data: Path) -> dict[str, str]:
-    """Passage -> title of the English article it stands in."""
-    titles: dict[str, str] = {}
-    for row in read_rows(data / "text.en.squad_train_articles.jsonl.xz"):
-        for paragraph in row["text"].split("\n"):
-            titles[paragraph.strip()] = row["title"].replace("_", " ")
-    return titles
-
-
-def in_other_words(item: FitQuestion, rng: random.Random) -> FitQuestion:
-    """The question with some of its words replaced by near ones that its passage does not use."""
-    return replace(item, question=reword(item.question, item.passage, rng.choice(_REWORDED), rng))
-
-
-def of_another_subject(items: Sequence[Searched], rng: random.Random) -> list[FitQuestion]:
-    """Every second question with its heaviest word replaced by another one's: nothing answers it."""
-    places = [heaviest_word(item.question.question, item.weighed.weights) for item in items]
-    swapped = []
-    for at in range(0, len(items), 2):
-        other = rng.randrange(len(items))
-        mine, word = items[at].question, items[other].question.question[slice(*places[other])]
-        if question := about_another(mine.question, places[at], word, mine.passage):
-            swapped.append(replace(mine, question=question))
-    return swapped
-
-
-def build_base(
-    passages: Sequence[str], titles: dict[str, str], embedder: Embedder, folder: Path
-) -> KnowledgeBase:
-    """A knowledge base with each passage as one chunk, a hundred to a file.
-
-    Only half of the passages know their title, as in real folders.
-    """
-    base = KnowledgeBase.create(folder)
-    with base.writing():
-        base.bind_embedder(embedder)
-        for begin in range(0, len(passages), 100):
-            path = "text" + "x" * (begin // 100)  # a name without a word of any question
-            chunks, position = [], 0
-            for number, text in enumerate(passages[begin : begin + 100]):
-                title = titles.get(text.strip(), "") if number % 2 else ""
-                chunks.append(Chunk(path, text, position, position + len(text), title=title))
-                position += len(text) + 10  # a gap, so that no two are neighbours
-            base.put_file(
-                FileRecord(path, "", 0, "ok"), Document(path, "", "txt"), chunks,
-                embedder.embed_passages([chunk.indexed_text for chunk in chunks]),
-            )
-        base.publish()
-    return base
-
-
-@dataclass(slots=True)
-class Searched:
-    question: FitQuestion
-    weighed: WeighedQuestion
-    stored: list[StoredChunk]
-    features: np.ndarray  # (candidates, ranking.FEATURES)
-    gold: int | None  # which candidate is the gold passage
-    scores: dict[int, float] = field(default_factory=dict)  # of both stages, best first
-    known: dict[tuple[int, ...], evidence.SentenceFeatures] = field(default_factory=dict)
-
-    def read(self, order: tuple[int, ...], hits: Sequence[Hit]) -> evidence.SentenceFeatures:
-        """The sentences of these candidates, kept, as two fits look at them."""
-        if order not in self.known:
-            weighed = self.weighed
-            self.known[order] = evidence.sentence_features(weighed.text, weighed.terms, weighed.weights, hits)
-        return self.known[order]
-
-
-def search(retriever: Retriever, questions: Sequence[FitQuestion]) -> Iterator[Searched]:
-    for item in questions:
-        vector = retriever.embedder.embed_questions([item.question])[0]
-        with retriever.base.snapshot():
-            dense = retriever.base.search_dense(vector[None], CANDIDATES)[0]
-            weighed = retriever.weigh(item.question)
-            stored, features = retriever._candidates(weighed, vector, dense, CANDIDATES)
-        gold = next((at for at, one in enumerate(stored) if one.chunk.text == item.passage), None)
-        yield Searched(item, weighed, stored, features, gold)
-
-
-def fit_listwise(
-    lists: Sequence[tuple[np.ndarray, np.ndarray]], names: Sequence[str], *,
-    signs: dict[str, int], decay: float = 1e-3,
-) -> dict[str, float]:
-    """Weights that put the right ones (bool (n,)) of each list of features (n, f) first.
-
-    `signs` holds +1 or -1 where a weight may only have that sign, 0 where it stays zero.
-    """
-    stacked = np.concatenate([features for features, _ in lists])
-    scale = stacked.std(axis=0) + 1e-9
-    # What never varies in these questions can't be fitted and stays at zero.
-    signs = signs | {name: 0 for name, constant in zip(names, stacked.std(axis=0) == 0) if constant}
-    free = torch.full((len(names),), -1.0, dtype=torch.float64, requires_grad=True)
-    sign = torch.tensor([signs.get(name, 2) for name in names], dtype=torch.float64)
-    longest = max(len(right) for _, right in lists)
-    features = torch.zeros(len(lists), longest, len(names), dtype=torch.float64)
-    valid = torch.zeros(len(lists), longest, dtype=torch.bool)
-    right = torch.zeros(len(lists), longest, dtype=torch.bool)
-    for at, (rows, correct) in enumerate(lists):
-        features[at, : len(rows)] = torch.from_numpy(rows / scale)
-        valid[at, : len(rows)] = True
-        right[at, : len(rows)] = torch.from_numpy(correct)
-    optimizer = torch.optim.LBFGS([free], max_iter=300, line_search_fn="strong_wolfe")
-
-    def signed() -> torch.Tensor:
-        return torch.where(sign == 2, free + 1.0, sign * torch.nn.functional.softplus(free))
-
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        weights = signed()
-        scores = (features @ weights).masked_fill(~valid, -1e9)
-        won = scores.masked_fill(~right, -1e9)
-        value = (scores.logsumexp(1) - won.logsumexp(1)).mean() + decay * (weights**2).sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    fitted = signed().detach().numpy() / scale
-    return {name: round(float(value), 5) for name, value in zip(names, fitted, strict=True)}
-
-
-def first_right(lists: Sequence[tuple[np.ndarray, np.ndarray]], weights: dict[str, float]) -> float:
-    """Share of lists whose best-scored row is right."""
-    vector = np.array(list(weights.values()))
-    return float(np.mean([right[np.argmax(rows @ vector)] for rows, right in lists]))
-
-
-def fit_support(
-    rows: np.ndarray, labels: np.ndarray, *, lenient: bool = False
-) -> tuple[dict[str, float], float, float]:
-    """Logistic weights, the threshold that refuses most rightly, and the one below which to doubt.
-
-    Each weight has the sign its meaning gives it: folders differ from the questions fitted on, and
-    two features that cancel out here would not cancel there. For refusing, a question that has an
-    answer counts ANSWERABLE_PRIOR times one that has none; for doubting, both count the same.
-    """
-    names = evidence.SUPPORT_FEATURES
-    scale = rows.std(axis=0) + 1e-9
-    scale[0] = 1.0
-    x, y = torch.from_numpy(rows / scale), torch.from_numpy(labels.astype(np.float64))
-    sign = torch.tensor([_SUPPORT_SIGNS.get(name, 1) for name in names], dtype=torch.float64)
-    free = torch.zeros(rows.shape[1], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([free], max_iter=400, line_search_fn="strong_wolfe")
-
-    def signed() -> torch.Tensor:
-        return torch.where(sign == 2, free, sign * torch.nn.functional.softplus(free - 2.0))
-
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        weights = signed()
-        value = torch.nn.functional.binary_cross_entropy_with_logits(x @ weights, y)
-        value = value + 1e-3 * (weights[1:] ** 2).sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    fitted = signed().detach().numpy() / scale
-    probability = 1 / (1 + np.exp(-(rows @ fitted)))
-    weights = {name: round(float(weight), 5) for name, weight in zip(names, fitted, strict=True)}
-    refuse, doubt = (
-        _best_threshold(probability, labels, prior, lenient=lenient) for prior in (ANSWERABLE_PRIOR, 1.0)
-    )
-    return weights, refuse, doubt
-
-
-def _best_threshold(
-    probability: np.ndarray, labels: np.ndarray, prior: float, *, lenient: bool = False
-) -> float:
-    """The threshold that decides rightly most often.
-
-    `lenient`: the least one that does so within a standard error (Breiman et al., 1984), where the
-    questions fitted on are nearer to their passages than people's are.
-    """
-    candidates = np.linspace(0.02, 0.95, 94)
-    kept = np.array([(probability[labels] >= at).mean() for at in candidates])
-    refused = np.array([(probability[~labels] < at).mean() for at in candidates])
-    right = prior * kept + refused
-    best = int(np.argmax(right))
-    error = np.sqrt(
-        prior**2 * kept[best] * (1 - kept[best]) / labels.sum()
-        + refused[best] * (1 - refused[best]) / (~labels).sum()
-    )
-    return float(candidates[int(np.argmax(right >= right[best] - (error if lenient else 0.0)))])
 
 
 def _close_lists(
@@ -316,18 +67,25 @@ def _sentence_lists(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     lists = []
     for item in items:
-        if item.gold is None or not item.question.answer:
+        if item.gold is None or not (item.question.answer or item.question.sentences):
             continue
         hits, order = _hits(item, without_gold=False)
         if item.gold not in order:
             continue
         found = item.read(tuple(order), hits)
         gold = order.index(item.gold) + 1
-        answer = item.question.answer
-        right = np.array([s.hit_number == gold and (answer in s.text or s.text in answer) for s in found.sentences])
+        begin = hits[gold - 1].chunk.start
+        right = np.array([s.hit_number == gold and _answers(item.question, s, begin) for s in found.sentences])
         if right.any():
             lists.append((found.rows, right))
     return lists
+
+
+def _answers(question: FitQuestion, sentence: evidence.Evidence, begin: int) -> bool:
+    """Whether a sentence of the gold passage, which begins at `begin`, holds the answer."""
+    if question.answer:
+        return question.answer in sentence.text or sentence.text in question.answer
+    return any(start < sentence.end - begin and sentence.start - begin < end for start, end in question.sentences)
 
 
 def _support_rows(
@@ -366,68 +124,21 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=4000, help="most passages of a language")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    rng = random.Random(options.seed)
-    embedder = load_embedder(options.embedder)
-    fit_parts: dict[Language, list[Searched]] = {}
-    test_parts: dict[Language, list[Searched]] = {}
-    reworded: dict[Language, list[Searched]] = {}
-    swapped: dict[Language, list[Searched]] = {}
-    far_test: dict[Language, list[Searched]] = {}
-    work = Path(tempfile.mkdtemp(prefix="fit-ranking-"))
-    try:
-        for language in LANGUAGES:
-            questions, passages = questions_of(options.data, language)
-            rng.shuffle(questions)
-            questions = questions[: options.questions]
-            asked = dict.fromkeys(item.passage for item in questions)
-            others = [text for text in passages if text not in asked]
-            room = max(0, min(options.passages - len(asked), len(others)))
-            mixed = [*asked, *rng.sample(others, room)]
-            rng.shuffle(mixed)
-            titles = titles_of(options.data) if language == "en" else {}
-            base = build_base(mixed, titles, embedder, work / language)
-            retriever = Retriever(base, embedder)
-            items = list(search(retriever, questions))
-            cut = int(len(items) * 0.7)
-            fit_parts[language], test_parts[language] = items[:cut], items[cut:]
-            swapped[language] = list(search(retriever, of_another_subject(items[:cut], rng)))
-            reworded[language] = list(search(retriever, [in_other_words(item, rng) for item in questions[:cut]]))
-            elsewhere = list(search(retriever, questions_elsewhere(options.data, language, rng)))
-            half = len(elsewhere) * 7 // 10
-            swapped[language] += elsewhere[:half]
-            far_test[language] = elsewhere[half:]
-            print(f"{language}: {len(items)} questions searched", flush=True)
-        across: dict[Language, list[Searched]] = {}
-        for language, (questions, passages) in questions_across(options.data, rng).items():
-            base = build_base(list(dict.fromkeys(passages)), {}, embedder, work / f"across-{language}")
-            across[language] = list(search(Retriever(base, embedder), rng.sample(questions, len(questions))))
-            print(f"{language}: {len(questions)} questions about the other language searched", flush=True)
-        _fit_and_write(Parts(fit_parts, reworded, swapped, test_parts, far_test, across), options.out)
-    finally:
-        shutil.rmtree(work)
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """Searched questions by their language: to fit on; the same in other words; about another subject,
-    which nothing answers; to measure on, with and without an answer; and, of translations, about
-    passages in the other language."""
-
-    fit: dict[Language, list[Searched]]
-    reworded: dict[Language, list[Searched]]
-    swapped: dict[Language, list[Searched]]
-    test: dict[Language, list[Searched]]
-    far_test: dict[Language, list[Searched]]
-    across: dict[Language, list[Searched]]
+    parts = search_all(
+        options.data, load_embedder(options.embedder), most_questions=options.questions,
+        most_passages=options.passages, seed=options.seed,
+    )
+    _fit_and_write(parts, options.out)
 
 
 def _fit_and_write(parts: Parts, out: Path) -> None:
     """Fit on 70% of the questions, measure on the rest.
 
-    Passage weights are fitted for each language; sentence and support weights on both together, and
-    on the same questions in other words too: who wrote these questions had the passage before them.
-    Support also sees questions that nothing answers: of which one word has become another's, and about
-    what the collection does not speak of.
+    Passage weights are fitted for each language, on reading comprehension (questions as people ask were
+    tried and changed nothing); sentence and support weights on both together, on the same questions in
+    other words too, and on questions as people ask. Support also sees questions that nothing answers:
+    of which one word has become another's, about what the collection does not speak of, and about the
+    subject of a passage that does not tell it.
     """
     passage = {
         language: fit_listwise(_passage_lists(items), ranking.FEATURES, signs=_PASSAGE_SIGNS)
@@ -446,10 +157,18 @@ def _fit_and_write(parts: Parts, out: Path) -> None:
     for group in (parts.fit, parts.reworded, parts.swapped, parts.test, parts.far_test, parts.across):
         for language, items in group.items():
             _rank_all(items, passage[language], close[language])
+    for language, searched in parts.asked.items():
+        for items in (searched.fit, searched.missing, searched.test, searched.missing_test, searched.across):
+            _rank_all(items, passage[language], close[language])
     print("passages fitted", flush=True)
-    own, threshold, doubt = fit_evidence([*parts.fit.values(), *parts.reworded.values()], parts.swapped.values())
-    halves = [(items[: int(len(items) * 0.7)], items[int(len(items) * 0.7) :]) for items in parts.across.values()]
-    across, across_threshold, _ = fit_evidence([items for items, _ in halves], (), lenient=True)
+    asked = list(parts.asked.values())
+    own, threshold, doubt = fit_evidence(
+        [*parts.fit.values(), *parts.reworded.values(), *(part.fit for part in asked)],
+        [*parts.swapped.values(), *(part.missing for part in asked)],
+    )
+    halves = [_parted(items) for items in parts.across.values()]
+    asked_halves = [_parted(part.across) for part in asked]
+    across, across_threshold, _ = fit_evidence([items for items, _ in (*halves, *asked_halves)], ())
     # One threshold serves both: the probabilities across languages are moved to where it is right for them.
     across.support["bias"] = round(across.support["bias"] + _logit(threshold) - _logit(across_threshold), 5)
     figures = {
@@ -460,11 +179,20 @@ def _fit_and_write(parts: Parts, out: Path) -> None:
         language: _measure(items, passage[language], across, threshold)
         for language, (_, items) in zip(parts.across, halves, strict=True)
     }
-    _write(out / "ranking.json", {"weights": passage, "close_weights": close, "figures": figures,
-                                  "figures_across": across_figures})
+    asked_figures = {
+        language: _measure(part.test, passage[language], own, threshold, part.missing_test)
+        for language, part in parts.asked.items()
+    }
+    asked_across_figures = {
+        language: _measure(items, passage[language], across, threshold)
+        for language, (_, items) in zip(parts.asked, asked_halves, strict=True)
+    }
+    all_figures = {"figures": figures, "figures_across": across_figures, "figures_asked": asked_figures,
+                   "figures_asked_across": asked_across_figures}
+    _write(out / "ranking.json", {"weights": passage, "close_weights": close, **all_figures})
     _write(out / "evidence.json", {**asdict(own), "across": asdict(across), "threshold": round(threshold, 3),
                                    "doubt": round(doubt, 3)})
-    print(json.dumps({"own": figures, "across": across_figures}, indent=1))
+    print(json.dumps(all_figures, indent=1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -474,7 +202,7 @@ class EvidenceWeights:
 
 
 def fit_evidence(
-    groups: Sequence[Sequence[Searched]], swapped: Iterable[Sequence[Searched]], *, lenient: bool = False
+    groups: Sequence[Sequence[Searched]], swapped: Iterable[Sequence[Searched]]
 ) -> tuple[EvidenceWeights, float, float]:
     """Sentence and support weights on ranked questions, and the thresholds of `fit_support`."""
     sentence = fit_listwise(
@@ -484,10 +212,16 @@ def fit_evidence(
     parts = [_support_rows(items, vector) for items in groups]
     parts += [_support_rows(items, vector, swapped=True) for items in swapped]
     support, threshold, doubt = fit_support(
-        np.concatenate([rows for rows, _ in parts]), np.concatenate([labels for _, labels in parts]),
-        lenient=lenient,
+        np.concatenate([rows for rows, _ in parts]), np.concatenate([labels for _, labels in parts])
     )
     return EvidenceWeights(sentence, support), threshold, doubt
+
+
+def _parted(items: Sequence[Searched]) -> tuple[list[Searched], list[Searched]]:
+    """Seven tenths to fit on, and the rest to measure on; a passage's questions stay together."""
+    passages = list(dict.fromkeys(item.question.passage for item in items))
+    fitted = set(passages[: int(len(passages) * 0.7)])
+    return [item for item in items if item.question.passage in fitted], [item for item in items if item.question.passage not in fitted]
 
 
 def _logit(share: float) -> float:

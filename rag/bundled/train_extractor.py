@@ -28,6 +28,7 @@ from rag.bundled.extractor_data import (
     Ids,
     Reading,
     read_heldout,
+    read_heldout_asked,
     read_training,
 )
 from rag.bundled.extractor_model import ExtractorModel, ExtractorShape
@@ -36,7 +37,7 @@ from rag.soft_match import bundled_table
 
 # How often a question of each source is seen in one pass: few and good ones more often.
 SHARES = {"squad1.1-train": 1.0, "medquad": 0.3, "made": 0.6, "patterns": 1.0, "translated": 1.0, "drcd-dev-s2t": 4.0, "cmrc2018-trial": 4.0,
-          "lecoqa-train": 3.0}
+          "lecoqa-train": 3.0, "asked": 8.0}
 _POOL = 32  # batches sorted by length together
 _AVERAGE = 0.999
 
@@ -171,6 +172,7 @@ def main() -> None:
     options = parser.parse_args()
     reading = read_training(options.data, made=options.made, seed=options.seed)
     heldout = {language: read_heldout(options.data, language) for language in ("en", "zh")}
+    heldout["asked"] = read_heldout_asked(options.data)
     train(reading, heldout, options)
 
 
@@ -180,7 +182,7 @@ def train(reading: Reading, heldout: dict[str, Reading], options: argparse.Names
     rng = random.Random(options.seed)
     tests = {
         language: [make_row(item, part, part.negatives[at].tolist(), random.Random(at))
-                   for at, item in enumerate(part.questions[:600])]
+                   for at, item in list(enumerate(part.questions))[:: max(1, len(part.questions) // 600)]]
         for language, part in heldout.items()
     }
     shape = ExtractorShape(width=options.width)
