@@ -302,6 +302,8 @@ _LEANS = re.compile(
     r"|(?:它们?|他们?|她们?|前者|后者|两者|二者|其(?!他|它|余|实|中)|这(?=[是就也会能使让可要叫称]|意味|表示|说明|适用|需要)|"
     r"此(?!外|时|后|前|处|种|类))"
 )
+# A line that ends otherwise is a heading that looks like none, or a caption: run on, it reads as part of what follows.
+_ENDS_AS_SENTENCE = re.compile(r"[。！？；：.!?:;…][\"'”’」』)）\]]*$")
 _QUOTED_MASS = 0.95
 _MOST_QUOTED = 5
 _MOST_SOURCES = 2
@@ -334,7 +336,7 @@ def quotations(sentences: Sequence[Evidence]) -> list[tuple[int, int, int]]:
     for item in list(chosen):
         if _LEANS.match(item.text):
             before = next((found for gap in range(3) if (found := ends.get((item.hit_number, item.start - gap)))), None)
-            if before is not None and before not in chosen:
+            if before is not None and before not in chosen and _ENDS_AS_SENTENCE.search(before.text):
                 chosen.append(before)
     quoted: list[tuple[int, int, int]] = []
     for item in sorted(chosen, key=lambda s: (order[s.hit_number], s.start)):

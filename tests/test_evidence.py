@@ -126,6 +126,9 @@ def test_one_clear_winner_is_quoted_alone_and_equals_together():
         ("Quantization rounds weights. ", "This method is old.", False),
         ("量化会舍入权重。", "它能省内存。", True),
         ("量化会舍入权重。", "其他办法也有。", False),
+        # A heading was quoted run on with what stood under it: "Why the first answer is slow That is ..."
+        ("Why the first answer is slow\n", "That is because the model is loaded then.", False),
+        ("The first answer is slow (so is the first search).\n", "That is because the model is loaded then.", True),
     ],
 )
 def test_a_quotation_that_begins_with_a_pronoun_brings_the_sentence_before(before, opening, brings):

@@ -21,7 +21,7 @@ from rag.errors import InputError
 
 FILE = Path(__file__).parent / "asked_questions.jsonl.xz"
 Kind = Literal["plain", "indirect", "across", "missing"]
-_HELD_OUT = 4  # tenths of the documents
+_HELD_OUT = 3  # tenths of the documents
 
 
 @dataclass(frozen=True, slots=True)

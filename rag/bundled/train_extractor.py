@@ -37,7 +37,7 @@ from rag.soft_match import bundled_table
 
 # How often a question of each source is seen in one pass: few and good ones more often.
 SHARES = {"squad1.1-train": 1.0, "medquad": 0.3, "made": 0.6, "patterns": 1.0, "translated": 1.0, "drcd-dev-s2t": 4.0, "cmrc2018-trial": 4.0,
-          "lecoqa-train": 3.0, "asked": 8.0}
+          "lecoqa-train": 3.0, "asked": 6.0}
 _POOL = 32  # batches sorted by length together
 _AVERAGE = 0.999
 
