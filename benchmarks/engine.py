@@ -10,6 +10,8 @@ Scenarios
   c  32 questions over one document, together: output tokens a second, prefill included
   d  one cold prompt of 2,000 tokens: prompt tokens a second
   s  one stream behind 512 tokens: output tokens a second
+  r  one stream that repeats what stands in its prompt, as quoting answers do: output tokens a second;
+     prompt lookup is on in ours and in the engines that are named for it
   e  the bundled reader, with and without prompt lookup (only ours): output tokens a second
   f  passages in another order behind another question, exact against approximate reuse (only ours)
   q  the bundled reader in fewer bits: how far its answers move from bfloat16 (only ours)
@@ -55,8 +57,11 @@ ENGINES = {
     "transformers-cb": "transformers generate_batch(), continuous batching",
     "llama.cpp": "llama-cpp-python, BF16, its prefix cache on",
     "llama.cpp-q8": "llama-cpp-python, Q8_0, its prefix cache on",
+    "llama.cpp-lookup": "llama-cpp-python, BF16, with its prompt lookup",
+    "transformers-lookup": "transformers generate() with its prompt lookup",
 }
-SCENARIOS = "abcdsefq"
+SCENARIOS = "abcdsrefq"
+PAUSE = 2.0  # seconds before each measurement, as between a person's questions
 # On a machine that others use too, the processor time of one thread still says what an engine
 # computes; it is what --cpu-time measures.
 CPU_TIME = os.environ.get("BENCHMARK_CPU_TIME") == "1"
@@ -105,6 +110,8 @@ class OursRunner:
 class GenerateRunner:
     """transformers' generate(), prompts of one length as one batch."""
 
+    options: dict[str, int] = {}
+
     def __init__(self, folder: Path) -> None:
         self._model = load_model(folder)
 
@@ -135,6 +142,7 @@ class GenerateRunner:
                 pad_token_id=0,
                 # A streamer takes one row only; in a batch the first token is not timed.
                 streamer=Streamer() if len(batch) == 1 else None,
+                **self.options,
             )
             seen = times[1] if len(times) > 1 else clock()  # times[0]: the prompt
             first += [seen - start] * len(batch)
@@ -194,7 +202,7 @@ class ContinuousRunner:
 class LlamaCppRunner:
     """llama-cpp-python's own generate(): one row, the last prompt's cache reused."""
 
-    def __init__(self, folder: Path, *, quantised: bool = False) -> None:
+    def __init__(self, folder: Path, *, quantised: bool = False, **options: Any) -> None:
         from llama_cpp import Llama
 
         path = write_gguf(folder, "Q8_0" if quantised else "BF16")
@@ -202,6 +210,7 @@ class LlamaCppRunner:
         self._llama = Llama(
             str(path), n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads,
             n_batch=512, verbose=False, flash_attn=os.environ.get("LLAMA_FLASH") == "1",
+            **options,
         )  # fmt: skip
 
     def run(self, prompts: Sequence[list[int]], new: int) -> Timing:
@@ -217,6 +226,32 @@ class LlamaCppRunner:
         return Timing(first, clock() - began)
 
 
+class GenerateLookupRunner(GenerateRunner):
+    """transformers' generate() with prompt lookup."""
+
+    options = {"prompt_lookup_num_tokens": 10}
+
+
+class LlamaCppLookupRunner(LlamaCppRunner):
+    """llama-cpp-python with its prompt lookup, at the better of the two lengths it recommends."""
+
+    def __init__(self, folder: Path) -> None:
+        from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+        # Given from the start, as it then keeps the logits of all tokens.
+        super().__init__(folder, draft_model=LlamaPromptLookupDecoding(), logits_all=True)
+
+    def run(self, prompts: Sequence[list[int]], new: int) -> Timing:
+        from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+        found: list[Timing] = []
+        for length in (2, 10):
+            self._llama.draft_model = LlamaPromptLookupDecoding(num_pred_tokens=length)
+            self._llama.reset()
+            found.append(super().run(prompts, new))
+        return min(found, key=lambda timing: timing.total - timing.first[0])
+
+
 MAKERS: dict[str, Callable[[Path], Runner]] = {
     "ours": OursRunner,
     "ours-int8": lambda folder: OursRunner(folder, bits=8),
@@ -224,7 +259,9 @@ MAKERS: dict[str, Callable[[Path], Runner]] = {
     "transformers": GenerateRunner,
     "transformers-mask": MaskRunner,
     "transformers-cb": ContinuousRunner,
+    "transformers-lookup": GenerateLookupRunner,
     "llama.cpp": LlamaCppRunner,
+    "llama.cpp-lookup": LlamaCppLookupRunner,
     "llama.cpp-q8": lambda folder: LlamaCppRunner(folder, quantised=True),
 }
 
@@ -363,12 +400,18 @@ def one_stream(run: Runner, ids: Callable[[int], list[int]]) -> float:
     return 48 / (timing.total - timing.first[0])
 
 
+def repeating_stream(run: Runner, ids: Callable[[int], list[int]]) -> float:
+    timing = run.run([ids(40) * 12], 97)
+    return 96 / (timing.total - timing.first[0])
+
+
 MEASURES: dict[str, tuple[str, str, Callable[[Runner, Callable[[int], list[int]]], float]]] = {
     "a": ("chat turns 2-5, first token", "s", chat_turns),
     "b": ("four users in turn, first token", "s", users_in_turn),
     "c": ("32 questions, one document", "tokens/s", batch_over_one_document),
     "d": ("cold prompt of 2,000", "tokens/s", cold_prompt),
     "s": ("one stream behind 512", "tokens/s", one_stream),
+    "r": ("one stream that repeats itself", "tokens/s", repeating_stream),
 }
 
 
@@ -378,6 +421,8 @@ def unfit(engine: str, scenario: str) -> bool:
     takes 16 together."""
     if engine == "transformers-cb":
         return scenario != "c"
+    if engine.endswith("-lookup"):
+        return scenario != "r"
     return engine == "transformers-mask" and scenario == "c"
 
 
@@ -394,6 +439,7 @@ def work(engine: str, folder: Path, scenarios: str, repeats: int) -> dict[str, l
         for scenario in scenarios:
             if scenario not in MEASURES or unfit(engine, scenario):
                 continue
+            time.sleep(PAUSE)
             rng = random.Random(f"{scenario}{repeat}")
             value = MEASURES[scenario][2](
                 runner, lambda n, rng=rng: [rng.randrange(10, vocabulary) for _ in range(n)]

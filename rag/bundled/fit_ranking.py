@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,26 @@ from rag.embedder import load_embedder
 
 HERE = Path(__file__).parent
 PASSAGES_GIVEN = 4
+
+
+_READING: list[tuple[Searched, bool]] = []  # what forked readers find in their memory
+
+
+def read_all(items: Sequence[Searched], *, with_and_without: bool) -> None:
+    """Have the sentences of ranked questions read on all processors, and kept for `Searched.read`."""
+    _READING[:] = [(item, with_and_without) for item in items]
+    with get_context("fork").Pool() as readers:
+        for (item, _), known in zip(_READING, readers.imap(_read, range(len(_READING)), chunksize=8), strict=True):
+            item.known.update(known)
+
+
+def _read(at: int) -> dict[tuple[int, ...], evidence.SentenceFeatures]:
+    item, with_and_without = _READING[at]
+    for without_gold in (False, True) if with_and_without else (False,):
+        hits, order = _hits(item, without_gold=without_gold)
+        if hits:
+            item.read(tuple(order), hits)
+    return item.known
 
 
 def _close_lists(
@@ -162,6 +183,14 @@ def _fit_and_write(parts: Parts, out: Path) -> None:
             _rank_all(items, passage[language], close[language])
     print("passages fitted", flush=True)
     asked = list(parts.asked.values())
+    for kind in (parts.fit, parts.reworded, parts.test, parts.across):
+        read_all([item for items in kind.values() for item in items if item.gold is not None], with_and_without=True)
+    read_all([item for part in asked for item in (*part.fit, *part.test, *part.across) if item.gold is not None],
+             with_and_without=True)
+    for kind in (parts.swapped, parts.far_test):
+        read_all([item for items in kind.values() for item in items], with_and_without=False)
+    read_all([item for part in asked for item in (*part.missing, *part.missing_test)], with_and_without=False)
+    print("sentences read", flush=True)
     own, threshold, doubt = fit_evidence(
         [*parts.fit.values(), *parts.reworded.values(), *(part.fit for part in asked)],
         [*parts.swapped.values(), *(part.missing for part in asked)],
@@ -180,7 +209,7 @@ def _fit_and_write(parts: Parts, out: Path) -> None:
         for language, (_, items) in zip(parts.across, halves, strict=True)
     }
     asked_figures = {
-        language: _measure(part.test, passage[language], own, threshold, part.missing_test)
+        language: _measure(part.test, passage[language], own, threshold, part.missing_test, "not told there")
         for language, part in parts.asked.items()
     }
     asked_across_figures = {
@@ -237,9 +266,9 @@ def _passage_lists(items: Sequence[Searched]) -> list[tuple[np.ndarray, np.ndarr
 
 def _measure(
     items: Sequence[Searched], passage: dict[str, float], weights: EvidenceWeights, threshold: float,
-    far: Sequence[Searched] = (),
+    far: Sequence[Searched] = (), far_name: str = "of another subject",
 ) -> dict[str, float]:
-    """Figures on questions that nothing was fitted on; `far` are about what is not there."""
+    """Figures on questions that nothing was fitted on; `far` are about what is not there, and called so."""
     lists = _passage_lists(items)
     found = len(lists) / max(1, len(items))
     first = [next(iter(item.scores)) == item.gold for item in items]
@@ -262,7 +291,7 @@ def _measure(
         "support AUC": round(float(above.mean()), 4),
         "answerable kept": round(float(said[labels].mean()), 4),
         "unanswerable refused": round(float((~said[~labels]).mean()), 4),
-        **({"of another subject refused": round(1 - float(far_said.mean()), 4)} if len(far_said) else {}),
+        **({f"{far_name} refused": round(1 - float(far_said.mean()), 4)} if len(far_said) else {}),
     }
 
 

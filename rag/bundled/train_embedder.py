@@ -4,8 +4,8 @@ A text's vector is the mean of its tokens' vectors (sentence-transformers' `Stat
 embedding costs a table look-up. Trained by contrast with in-batch negatives (InfoNCE, van den Oord
 et al., 2018) at the full and at a quarter of the width (Matryoshka representation learning,
 Kusupati et al., 2022) on: question -> passage pairs, title -> text, sentence pairs in two languages
-both ways, and the inverse cloze task (Lee et al., 2019), in which a stretch of one sentence asks
-for the rest of its window.
+both ways, the inverse cloze task (Lee et al., 2019), in which a stretch of one sentence asks for the
+rest of its window, and questions as people ask, in the passage's language and in the other.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.nn import functional
 
+from rag.bundled.asked_questions import asked_questions
 from rag.bundled.training_data import held_out, is_measured, read_rows, text_files, windows
+from rag.language import detect_language
 
 WIDTH = 256
 VOCABULARY = 30_000  # 30,000 x 256 float16 are 15.4 MB
 MAX_TOKENS = 512  # of a training text; at use there is no limit
+_ASKED_STEPS = {"asked-en": 105, "asked-zh": 150, "asked-across-en": 75, "asked-across-zh": 75}
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 
 
@@ -87,9 +90,12 @@ def _cloze(window: list[str], rng: random.Random, language: str) -> tuple[str, s
 
 
 def collect_pairs(
-    data: Path, rng: random.Random
+    data: Path, rng: random.Random, *, stretches: int = 4
 ) -> dict[str, tuple[list[str], list[str], bool, int]]:
-    """Name -> (queries, positives, both ways?, steps): every source with its share of the training."""
+    """Name -> (queries, positives, both ways?, steps): every source with its share of the training.
+
+    Of a plain text at most so many `stretches` are taken.
+    """
     pairs: dict[str, tuple[list[str], list[str], bool, int]] = {}
 
     def add(name: str, query: str, positive: str, both_ways: bool, steps: int) -> None:
@@ -103,6 +109,12 @@ def collect_pairs(
         for row in read_rows(data / f"retrieval_pairs.{language}.jsonl.xz"):
             if not held_out(row["positive"], language) and not is_measured(row["query"]):
                 add(row["src"], row["query"], row["positive"], False, steps_of[row["src"]])
+    for item in asked_questions(data):
+        if item.sentences and not item.held_out:
+            language = detect_language(item.text)
+            name = f"asked-{'across-' * (item.kind == 'across')}{language}"
+            text = f"{item.title}\n{item.text}" if rng.random() < 0.5 else item.text
+            add(name, item.question, text, False, _ASKED_STEPS[name])
     for row in read_rows(data / "parallel.en-zh.jsonl.xz"):
         if 12 <= len(row["en"]) <= 600:
             add("parallel-" + row["src"], row["en"], row["zh"], True,
@@ -114,7 +126,7 @@ def collect_pairs(
             steps = 20
         for row in read_rows(path):
             size = 250 if language == "zh" else 700
-            for window in windows(row["text"], rng=rng, count=4, characters=size):
+            for window in windows(row["text"], rng=rng, count=stretches, characters=size):
                 query, rest = _cloze(window, rng, language)
                 add(f"cloze-{language}-{name}", query, rest, False, steps)
             title = re.sub(r"[_\s]+", " ", row["title"]).strip()
@@ -255,6 +267,17 @@ def save(weight: torch.Tensor, tokenizer: Tokenizer, out: Path, card: str) -> No
         (out / "README.md").write_text(card, encoding="utf-8")
 
 
+def load(folder: Path) -> tuple[Tokenizer, torch.Tensor]:
+    """Tokenizer and table, float32 (vocabulary, width), of a folder that `save` wrote."""
+    from safetensors.torch import load_file
+
+    static = folder / "0_StaticEmbedding"
+    tokenizer = Tokenizer.from_file(str(static / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer, load_file(static / "model.safetensors")["embedding.weight"].float()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0] if __doc__ else None,
@@ -266,20 +289,26 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument("--temperature", type=float, default=0.05)
     parser.add_argument("--length", type=float, default=1.0, help="factor on the number of steps")
+    parser.add_argument("--stretches", type=int, default=4, help="most of one plain text")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--start-from", type=Path, help="go on from the embedder in this folder, with its tokenizer")
     options = parser.parse_args()
 
     rng = random.Random(options.seed)
     began = time.perf_counter()
-    pairs = collect_pairs(options.data, rng)
+    pairs = collect_pairs(options.data, rng, stretches=options.stretches)
     count = sum(len(queries) for queries, *_ in pairs.values())
     print(f"{count:,} pairs from {len(pairs)} sources, {time.perf_counter() - began:.0f} s", flush=True)
 
-    sample: list[str] = []
-    for queries, positives, *_ in pairs.values():
-        rows = rng.sample(range(len(positives)), min(len(positives), 6_000))
-        sample += [positives[row] for row in rows] + [queries[row] for row in rows]
-    tokenizer = train_tokenizer(sample, VOCABULARY)
+    weight: torch.Tensor | None = None
+    if options.start_from:
+        tokenizer, weight = load(options.start_from)
+    else:
+        sample: list[str] = []
+        for queries, positives, *_ in pairs.values():
+            rows = rng.sample(range(len(positives)), min(len(positives), 6_000))
+            sample += [positives[row] for row in rows] + [queries[row] for row in rows]
+        tokenizer = train_tokenizer(sample, VOCABULARY)
     print(f"tokenizer of {tokenizer.get_vocab_size():,}, {time.perf_counter() - began:.0f} s", flush=True)
 
     sources = build_sources(pairs, tokenizer)
@@ -288,7 +317,7 @@ def main() -> None:
     weight = train(
         sources, vocabulary=tokenizer.get_vocab_size(), width=WIDTH, batch=options.batch,
         learning_rate=options.learning_rate, epochs_factor=options.length,
-        temperature=options.temperature, seed=options.seed,
+        temperature=options.temperature, seed=options.seed, weight=weight,
     )
     save(weight, tokenizer, options.out, card="")
     print(f"saved to {options.out}, {time.perf_counter() - began:.0f} s in all", flush=True)
