@@ -104,12 +104,15 @@ class Evidence:
 
 _TABLE_RULE = re.compile(r"\s*\|?\s*:?-{2,}[-:|\s]*(?:\n|$)")
 _LIST_MARK = re.compile(r"[-*•·]\s+")
+_BARE_NUMBER = re.compile(r"[(（]?(?:\d{1,3}|[一二三四五六七八九十]{1,3}|[a-zA-Z])[.)）、:：]?")  # of a list, alone on its line
 
 
 def _is_heading(text: str, start: int, end: int, hit: Hit) -> bool:
-    """Whether [start, end) of a passage is a heading, or the head of a table or the rule under it: it
-    says what is spoken of, not what is said."""
+    """Whether [start, end) of a passage is a heading, the number of a list's item, or the head of a table
+    or the rule under it: it says what is spoken of, not what is said."""
     sentence = text[start:end]
+    if _BARE_NUMBER.fullmatch(sentence):
+        return True
     if _TABLE_RULE.fullmatch(sentence) or sentence.startswith("|") and _TABLE_RULE.match(text[end:].lstrip("\n")):
         return True
     bare = sentence.lstrip("#").strip()

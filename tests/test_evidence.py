@@ -4,7 +4,7 @@ import pytest
 
 from rag.answer import Hit
 from rag.document import Chunk
-from rag.evidence import Evidence, asked_for, quotations, rank_sentences
+from rag.evidence import Evidence, asked_for, quotations, rank_sentences, sentence_features
 from rag.sentences import best_sentence_start, sentence_spans
 from rag.term_weights import term_weights
 from rag.terms import question_terms
@@ -152,6 +152,15 @@ def test_no_more_than_two_passages_are_quoted():
     equal = [sentence(number, 0, 9, math.log(2)) for number in (3, 1, 2)] + [sentence(1, 20, 29, 0.0)]
     # Shares 2/7, 2/7, 2/7 and 1/7: passage 2 is left out, a weaker sentence of passage 1 is not.
     assert quotations(equal) == [(3, 0, 9), (1, 0, 9), (1, 20, 29)]
+
+
+@pytest.mark.parametrize("number", ["1.", "4)", "（二）", "三、", "b."])
+def test_the_number_of_a_list_item_alone_is_never_quoted(number):
+    # PDF text often has it on a line of its own, and an answer once quoted "1." and "4.".
+    text = f"{number}\nThe keys are computed once.\n{number}\nThe values too."
+    hit = Hit(Chunk("a.pdf", text, 0, len(text)), 1.0)
+    found = sentence_features("What is computed?", ["computed"], {"computed": 1.0}, [hit])
+    assert [item.text for item in found.sentences] == ["The keys are computed once.", "The values too."]
 
 
 @pytest.mark.parametrize("heading", ["三、缓存的是什么", "1. Reading documents", "What is cached", "缓存里有什么"])
