@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -336,7 +337,11 @@ def load(server: Running, *, clients: int, seconds: float) -> dict[str, int]:
 def test_64_clients_meet_no_error_but_the_announced_one_and_leave_nothing_behind(start):
     generator = EndlessGenerator(" ".join([WRITTEN] * 3), seconds=0.01)
     server = start(generator, running=8, waiting=32)
-    met = load(server, clients=64, seconds=3)
+    met: Counter[str] = Counter()
+    for _ in range(10):  # on a slow machine three seconds are too short for a full queue
+        met.update(load(server, clients=64, seconds=3))
+        if len(met) >= 3 and min(met.values()) > 5:
+            break
     assert set(met) == {"answered", "hung up", "429"}, met
     assert min(met.values()) > 5, met
     until(lambda: server.figure("rag_running") == 0)
