@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from app.background import Background
 from app.conversations import Conversation, Turn
 from rag.answer import Answer
+from rag.background import Background
 from rag.errors import RagError
 from rag.followup import search_question
 from rag.pipeline import Rag

@@ -12,11 +12,11 @@ import streamlit as st
 from streamlit.navigation.page import StreamlitPage
 
 from app import session
-from app.background import Background
 from app.markup import escape, escape_label, notice_html
 from app.models import LoadedGenerator
 from app.session import say
 from app.texts import LANGUAGES, number
+from rag.background import Background
 from rag.errors import RagError
 from rag.filter import Filter
 from rag.settings import Settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -43,6 +44,20 @@ def test_a_model_is_loaded_in_a_thread_of_its_own(monkeypatch: pytest.MonkeyPatc
     loaded_in: object = generator.load_generator(Settings())
     assert isinstance(loaded_in, threading.Thread)
     assert loaded_in is not threading.current_thread() and not loaded_in.is_alive()
+
+
+def test_ctrl_c_does_not_wait_for_a_model_that_is_being_loaded() -> None:
+    script = (
+        "import time; from rag.engine.own_thread import in_own_thread\n"
+        "in_own_thread(lambda: (print('loading', flush=True), time.sleep(60)))"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"loading\n"
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(20) != 0
+        finally:
+            process.kill()
 
 
 def test_what_goes_wrong_there_reaches_the_caller() -> None:

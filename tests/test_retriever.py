@@ -77,9 +77,9 @@ def test_without_joining_two_passages_of_one_page_are_two_hits(tmp_path):
 
 
 def test_without_vectors_other_words_for_the_same_are_not_found(tmp_path):
-    asked = "At what time does the boat depart?"
+    asked = "Can I take my bike along?"
     with_vectors = retriever(tmp_path / "a", FERRY, (1, 2, 3), "close").retrieve(asked, 4)
-    assert any("ferry" in hit.chunk.text for hit in with_vectors[:2])
+    assert "Bicycles" in with_vectors[0].chunk.text
     assert retriever(tmp_path / "b", FERRY, (1, 2, 3), "dense").retrieve(asked, 4) == []
 
 

@@ -97,6 +97,11 @@ class _Builder:
         inside = [n for n, (a, b) in enumerate(self.offsets[at]) if a < end and b > begin]
         return [(inside[0], inside[-1])] if inside else []
 
+    def reading(self) -> Reading:
+        """What was asked, all passages standing against each other."""
+        negatives = most_alike(self.questions, self.passages, self.tokenizer.get_vocab_size())
+        return Reading(self.passages, self.questions, negatives)
+
 
 def read_training(data: Path, *, made: int, seed: int) -> Reading:
     """All training questions, none of them held out or measured. `made`: Chinese ones made from text."""
@@ -188,8 +193,7 @@ def read_heldout(data: Path, language: str) -> Reading:
         answer = str(row["answer"])
         if held_out(row["context"], language) and not is_measured(row["question"]) and answer in row["context"]:
             builder.ask(_Question(row["question"], row["context"], answer, row["src"]))
-    negatives = most_alike(builder.questions, builder.passages, builder.tokenizer.get_vocab_size())
-    return Reading(builder.passages, builder.questions, negatives)
+    return builder.reading()
 
 
 def read_heldout_asked(data: Path) -> Reading:
@@ -197,8 +201,7 @@ def read_heldout_asked(data: Path) -> Reading:
     builder = _Builder()
     for item in _as_asked(data, held_out=True):
         builder.ask(item)
-    negatives = most_alike(builder.questions, builder.passages, builder.tokenizer.get_vocab_size())
-    return Reading(builder.passages, builder.questions, negatives)
+    return builder.reading()
 
 
 def most_alike(questions: Sequence[Asked], passages: Sequence[Ids], vocabulary: int) -> Ids:

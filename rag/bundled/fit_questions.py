@@ -42,14 +42,13 @@ class FitQuestion:
 @dataclass(frozen=True, slots=True)
 class AskedParts:
     """Questions as people ask, of one language: to fit on and to measure on, each with an answer and
-    without one; and about texts in the other language. `passages` are all texts of this language."""
+    without one; and about texts in the other language. `titles` has all texts of this language."""
 
     fit: list[FitQuestion]
     missing: list[FitQuestion]
     test: list[FitQuestion]
     missing_test: list[FitQuestion]
     across: list[FitQuestion]
-    passages: list[str]
     titles: dict[str, str]
 
 
@@ -57,25 +56,22 @@ def questions_asked(data: Path, rng: random.Random) -> dict[Language, AskedParts
     """The held-out questions of `asked_questions`. What is measured on is of other documents than what
     is fitted on."""
     found: dict[Language, AskedParts] = {
-        language: AskedParts([], [], [], [], [], [], {}) for language in LANGUAGES
+        language: AskedParts([], [], [], [], [], {}) for language in LANGUAGES
     }
-    groups: dict[str, list[AskedQuestion]] = {}
+    groups: dict[tuple[Language, str], list[AskedQuestion]] = {}
     for item in asked_questions(data):
-        of = found[detect_language(item.text)]
-        if item.text not in of.titles:
-            of.titles[item.text] = item.title
-            of.passages.append(item.text)
+        language = detect_language(item.text)
+        found[language].titles.setdefault(item.text, item.title)
         if item.held_out:
-            groups.setdefault(f"{detect_language(item.text)} {item.title}", []).append(item)
-    documents = list(groups.values())
+            groups.setdefault((language, item.title), []).append(item)
+    documents = list(groups.items())
     rng.shuffle(documents)
-    for number, document in enumerate(documents):
-        fitted = number % 10 < 7
+    for number, ((language, _), document) in enumerate(documents):
+        fitted, of = number % 10 < 7, found[language]
         for item in document:
             question = FitQuestion(item.question, item.text, None, item.sentences)
-            of = found[detect_language(item.text)]
             if item.kind == "across":
-                found[_OTHER[detect_language(item.text)]].across.append(question)
+                found[_OTHER[language]].across.append(question)
             elif item.kind == "missing":
                 (of.missing if fitted else of.missing_test).append(question)
             else:
@@ -229,6 +225,17 @@ class Parts:
     across: dict[Language, list[Searched]]
     asked: dict[Language, AskedSearched]
 
+    def answered(self, language: Language) -> list[Searched]:
+        """All in a language that have an answer somewhere in their collection."""
+        asked = self.asked[language]
+        return [*self.fit[language], *self.reworded[language], *self.test[language], *self.across[language],
+                *asked.fit, *asked.test, *asked.across]
+
+    def unanswered(self, language: Language) -> list[Searched]:
+        """All in a language that have none."""
+        asked = self.asked[language]
+        return [*self.swapped[language], *self.far_test[language], *asked.missing, *asked.missing_test]
+
 
 def search_all(data: Path, embedder: Embedder, *, most_questions: int, most_passages: int, seed: int) -> Parts:
     """All questions, each searched in a base of its kind's passages. At most `most_questions` of reading
@@ -270,15 +277,16 @@ def search_all(data: Path, embedder: Embedder, *, most_questions: int, most_pass
             print(f"{language}: {len(questions)} questions about the other language searched", flush=True)
         as_people_ask: dict[Language, AskedSearched] = {}
         of_people = questions_asked(data, rng)
+        retrievers = {
+            language: Retriever(build_base(list(part.titles), part.titles, embedder, work / f"asked-{language}"), embedder)
+            for language, part in of_people.items()
+        }
         for language, part in of_people.items():
-            base = build_base(part.passages, part.titles, embedder, work / f"asked-{language}")
-            theirs = of_people[_OTHER[language]]
-            other = build_base(theirs.passages, theirs.titles, embedder, work / f"asked-across-{language}")
-            own = Retriever(base, embedder)
+            own, other = retrievers[language], retrievers[_OTHER[language]]
             as_people_ask[language] = AskedSearched(
                 fit=list(search(own, part.fit)), missing=list(search(own, part.missing)),
                 test=list(search(own, part.test)), missing_test=list(search(own, part.missing_test)),
-                across=list(search(Retriever(other, embedder), part.across)),
+                across=list(search(other, part.across)),
             )
             print(f"{language}: {len(part.fit) + len(part.test)} questions as people ask searched", flush=True)
         return Parts(fit_parts, reworded, swapped, test_parts, far_test, across, as_people_ask)

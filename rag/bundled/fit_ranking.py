@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -29,19 +30,20 @@ HERE = Path(__file__).parent
 PASSAGES_GIVEN = 4
 
 
-_READING: list[tuple[Searched, bool]] = []  # what forked readers find in their memory
+_READING: list[Searched] = []  # what forked readers find in their memory
 
 
 def read_all(items: Sequence[Searched], *, with_and_without: bool) -> None:
     """Have the sentences of ranked questions read on all processors, and kept for `Searched.read`."""
-    _READING[:] = [(item, with_and_without) for item in items]
+    _READING[:] = items
+    read = partial(_read, with_and_without=with_and_without)
     with get_context("fork").Pool() as readers:
-        for (item, _), known in zip(_READING, readers.imap(_read, range(len(_READING)), chunksize=8), strict=True):
+        for item, known in zip(items, readers.imap(read, range(len(items)), chunksize=8), strict=True):
             item.known.update(known)
 
 
-def _read(at: int) -> dict[tuple[int, ...], evidence.SentenceFeatures]:
-    item, with_and_without = _READING[at]
+def _read(at: int, *, with_and_without: bool) -> dict[tuple[int, ...], evidence.SentenceFeatures]:
+    item = _READING[at]
     for without_gold in (False, True) if with_and_without else (False,):
         hits, order = _hits(item, without_gold=without_gold)
         if hits:
@@ -175,22 +177,13 @@ def _fit_and_write(parts: Parts, out: Path) -> None:
         )
         for language, items in parts.fit.items()
     }
-    for group in (parts.fit, parts.reworded, parts.swapped, parts.test, parts.far_test, parts.across):
-        for language, items in group.items():
-            _rank_all(items, passage[language], close[language])
-    for language, searched in parts.asked.items():
-        for items in (searched.fit, searched.missing, searched.test, searched.missing_test, searched.across):
-            _rank_all(items, passage[language], close[language])
-    print("passages fitted", flush=True)
+    for language in passage:
+        answered, unanswered = parts.answered(language), parts.unanswered(language)
+        _rank_all([*answered, *unanswered], passage[language], close[language])
+        read_all([item for item in answered if item.gold is not None], with_and_without=True)
+        read_all(unanswered, with_and_without=False)
+    print("passages fitted, sentences read", flush=True)
     asked = list(parts.asked.values())
-    for kind in (parts.fit, parts.reworded, parts.test, parts.across):
-        read_all([item for items in kind.values() for item in items if item.gold is not None], with_and_without=True)
-    read_all([item for part in asked for item in (*part.fit, *part.test, *part.across) if item.gold is not None],
-             with_and_without=True)
-    for kind in (parts.swapped, parts.far_test):
-        read_all([item for items in kind.values() for item in items], with_and_without=False)
-    read_all([item for part in asked for item in (*part.missing, *part.missing_test)], with_and_without=False)
-    print("sentences read", flush=True)
     own, threshold, doubt = fit_evidence(
         [*parts.fit.values(), *parts.reworded.values(), *(part.fit for part in asked)],
         [*parts.swapped.values(), *(part.missing for part in asked)],

@@ -81,8 +81,9 @@ class FreeSlots:
     @property
     def last(self) -> Extent:
         """The free slots at the pool's end."""
-        last = self._extents[-1] if self._extents else (self._capacity, self._capacity)
-        return last if last[1] == self._capacity else (self._capacity, self._capacity)
+        if self._extents and self._extents[-1][1] == self._capacity:
+            return self._extents[-1]
+        return self._capacity, self._capacity
 
     def take(self, length: int, *, after: int | None = None) -> list[Extent]:
         """`length` slots in as few extents as can be, going on from slot `after` where that is free.

@@ -11,13 +11,13 @@ with the thread it belongs to.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+
+from rag.background import Background
 
 T = TypeVar("T")
 
 
 def in_own_thread(work: Callable[[], T]) -> T:
     """What `work` returns, or raises, computed in a new thread that has ended by then."""
-    with ThreadPoolExecutor(1, thread_name_prefix="rag-once") as once:
-        return once.submit(work).result()
+    return Background(work, name="rag-once").wait()

@@ -41,6 +41,9 @@ from rag.errors import GeneratorError
 _RESERVE = 256  # slots asked ahead for new tokens, so that a row's own tokens stay neighbours
 _WINDOW = 64  # waiting requests of one call that are looked at when a row is free
 _IDLE_SECONDS = 5.0  # the thread ends after this long without work; the next request starts one
+# While idle, memory is got for so many slots beyond those used, and at most so many bytes.
+_AHEAD_SLOTS, _AHEAD_BYTES = 2048, 512 << 20
+_TOUCHED_AT_ONCE = 64  # slots
 
 # A thread that the ending interpreter stops inside a forward would abort the whole process.
 _ENGINES: weakref.WeakSet[PooledEngine] = weakref.WeakSet()
@@ -66,9 +69,6 @@ class Limits:
     draft_tokens: int  # drafts fill a decoding step up to this many tokens; 0: no drafting
 
 
-_AHEAD_TOKENS = 2048  # slots of the KV pool beyond what was used, and most bytes of them
-_AHEAD_BYTES = 512 << 20
-_TOUCHED_AT_ONCE = 64  # slots
 CPU_LIMITS = Limits(512, 160, rows_per_call=32, rows=48, draft_tokens=32)
 GPU_LIMITS = Limits(4096, 1024, rows_per_call=192, rows=256, draft_tokens=64)
 
@@ -408,7 +408,7 @@ class PooledEngine:
         cleared one, which on a virtual machine made a fresh prompt a fifth slower."""
         start, end = self._cache.free.last
         begin = max(self._touched, start)
-        ahead = min(_AHEAD_TOKENS, _AHEAD_BYTES * self._pool.capacity // self._pool.bytes)
+        ahead = min(_AHEAD_SLOTS, _AHEAD_BYTES * self._pool.capacity // self._pool.bytes)
         end = min(end, start + ahead, begin + _TOUCHED_AT_ONCE)
         if begin >= end:
             return False

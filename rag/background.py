@@ -1,4 +1,4 @@
-"""A call in a thread of its own, for which nobody has to wait."""
+"""A call in a thread of its own, which a process that ends does not wait for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class Background(Generic[Result]):
         self._call = call
         self._done: list[Result] = []
         self._error: Exception | None = None
-        threading.Thread(target=self._run, name=name, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
 
     def _run(self) -> None:
         try:
@@ -25,6 +26,11 @@ class Background(Generic[Result]):
         except Exception as error:  # raised again by `result`
             self._error = error
         self.is_over.set()
+
+    def wait(self) -> Result:
+        """Wait until the thread has ended, then `result`. Ctrl-C breaks the waiting off, not the call."""
+        self._thread.join()
+        return self.result()
 
     def result(self) -> Result:
         """What the call gave; raises what it raised. Ask once it is over."""
