@@ -357,6 +357,13 @@ def test_tokens_of_another_tokenizer_are_refused() -> None:
         make_engine().generate([Request("a", (9, 408), 5)])
 
 
+def test_what_repeats_at_the_very_end_is_proposed_to_go_on_repeating() -> None:
+    """The last occurrence of a run in a loop ends just before the end: only the loop's rest was
+    proposed, a token a step where one token repeats, and prompt lookup gained next to nothing."""
+    assert Drafter().propose([9, 5, 5, 5, 5], 4) == [5, 5, 5, 5]
+    assert Drafter().propose([9, 1, 2, 3, 1, 2, 3], 4) == [1, 2, 3, 1]
+
+
 def test_the_drafter_proposes_what_followed_and_learns() -> None:
     drafter = Drafter()
     tokens = [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3]
@@ -365,7 +372,7 @@ def test_the_drafter_proposes_what_followed_and_learns() -> None:
     assert drafter.propose(tokens, 8) == [4, 5, 6, 7, 8, 1, 2, 3]
     assert drafter.propose(tokens, 2) == [4, 5]
     assert drafter.propose([*tokens, 9], 8) == []  # never seen behind 9
-    assert drafter.propose([*tokens, 9, 6, 7], 8) == [8, 1, 2, 3, 9, 6, 7]  # two tokens recur
+    assert drafter.propose([*tokens, 9, 6, 7], 8) == [8, 1, 2, 3, 9, 6, 7, 8]  # two tokens recur
     drafter.learn(8, 0, 14)
     drafter.learn(2, 0, 14)
     assert drafter.propose([*tokens, 9, 6, 7], 8) == []  # rests after two failures

@@ -31,7 +31,7 @@ class Drafter:
         for length in _RUNS:
             at = self._seen.get(tuple(tokens[-length:])) if len(tokens) >= length else None
             if at is not None:
-                return tokens[at : at + limit]
+                return _copy(tokens, at, limit)
         return []
 
     def learn(self, proposed: int, accepted: int, num_tokens: int) -> None:
@@ -54,3 +54,15 @@ class Drafter:
                 if end >= length:
                     self._seen[tuple(tokens[end - length : end])] = end
         self._indexed = max(self._indexed, len(tokens))
+
+
+def _copy(tokens: list[int], at: int, limit: int) -> list[int]:
+    """The `limit` tokens from `at` on, going on in the copy itself where it reaches the end.
+
+    Like an overlapping copy of LZ77: what stands only just behind is taken to repeat.
+    """
+    distance = len(tokens) - at
+    copied = tokens[at : at + limit]
+    while len(copied) < limit:
+        copied.append(copied[-distance])
+    return copied
