@@ -58,11 +58,17 @@ class Reading:
     negatives: Ids  # (questions, NEGATIVES)
 
 
+def whole_tokenizer() -> Tokenizer:
+    """The bundled embedder's tokenizer, cutting nothing off."""
+    tokenizer = Tokenizer.from_file(str(next(BUNDLED.rglob("tokenizer.json"))))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
 class _Builder:
     def __init__(self) -> None:
-        self.tokenizer = Tokenizer.from_file(str(next(BUNDLED.rglob("tokenizer.json"))))
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
+        self.tokenizer = whole_tokenizer()
         self.passages: list[Ids] = []
         self.offsets: list[list[tuple[int, int]]] = []
         self.places: dict[str, int] = {}

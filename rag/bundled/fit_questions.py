@@ -190,12 +190,16 @@ class Searched:
 
 
 def search(retriever: Retriever, questions: Sequence[FitQuestion]) -> Iterator[Searched]:
+    """Each question with its candidates. Chunks that several questions bring up are kept once: all of
+    them, each for itself, would take some ten gigabytes."""
+    kept: dict[int, StoredChunk] = {}
     for item in questions:
         vector = retriever.embedder.embed_questions([item.question])[0]
         with retriever.base.snapshot():
             dense = retriever.base.search_dense(vector[None], CANDIDATES)[0]
             weighed = retriever.weigh(item.question)
             stored, features = retriever._candidates(weighed, vector, dense, CANDIDATES)
+        stored = [kept.setdefault(one.row, one) for one in stored]
         gold = next((at for at, one in enumerate(stored) if one.chunk.text == item.passage), None)
         yield Searched(item, weighed, stored, features, gold)
 

@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -102,6 +102,28 @@ def _sentence_lists(
         if right.any():
             lists.append((found.rows, right))
     return lists
+
+
+def _quoted(items: Sequence[Searched], weights: dict[str, float]) -> tuple[float, float]:
+    """Of questions whose passage is among those given: the share for which what is quoted answers, and
+    how many sentences are quoted, the mean."""
+    vector = np.array(list(weights.values()))
+    answered, counts = [], []
+    for item in items:
+        hits, order = _hits(item, without_gold=False)
+        if item.gold not in order:
+            continue
+        found = item.read(tuple(order), hits)
+        scores = (found.rows @ vector).tolist()
+        ranked = sorted((replace(s, score=score) for s, score in zip(found.sentences, scores, strict=True)),
+                        key=lambda s: -s.score)
+        places = evidence.quotations(ranked)
+        quoted = [s for s in ranked if any(n == s.hit_number and a <= s.start < b for n, a, b in places)]
+        gold = order.index(item.gold) + 1
+        begin = hits[gold - 1].chunk.start
+        answered.append(any(s.hit_number == gold and _answers(item.question, s, begin) for s in quoted))
+        counts.append(len(quoted))
+    return float(np.mean(answered)), float(np.mean(counts))
 
 
 def _answers(question: FitQuestion, sentence: evidence.Evidence, begin: int) -> bool:
@@ -273,6 +295,7 @@ def _measure(
     far_said = 1 / (1 + np.exp(-(far_rows @ vectors[1]))) >= threshold if len(far_rows) else np.zeros(0)
     said = probability >= threshold
     above = probability[labels][:, None] > probability[~labels][None, :]
+    quoted, sentences = _quoted(items, weights.sentence)
     return {
         "questions": len(items),
         "gold among candidates": round(found, 4),
@@ -281,6 +304,8 @@ def _measure(
         "hit@1 bm25": round(first_right(lists, only["bm25"]) * found, 4),
         "hit@1 dense": round(first_right(lists, only["dense"]) * found, 4),
         "sentence@1": round(first_right(_sentence_lists(items), weights.sentence), 4),
+        "quotation answers": round(quoted, 4),
+        "sentences quoted": round(sentences, 2),
         "support AUC": round(float(above.mean()), 4),
         "answerable kept": round(float(said[labels].mean()), 4),
         "unanswerable refused": round(float((~said[~labels]).mean()), 4),
