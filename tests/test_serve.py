@@ -348,7 +348,7 @@ def load(server: Running, *, clients: int, seconds: float) -> dict[str, int]:
 
 def test_64_clients_meet_no_error_but_the_announced_one_and_leave_nothing_behind(start):
     generator = EndlessGenerator(" ".join([WRITTEN] * 3), seconds=0.01)
-    server = start(generator, running=8, waiting=8)
+    server = start(generator, running=8, waiting=32)
     met = load(server, clients=64, seconds=3)
     assert set(met) == set(MET), met
     assert min(met.values()) > 5, met

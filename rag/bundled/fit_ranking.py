@@ -96,9 +96,7 @@ def _sentence_lists(
         if item.gold not in order:
             continue
         found = item.read(tuple(order), hits)
-        gold = order.index(item.gold) + 1
-        begin = hits[gold - 1].chunk.start
-        right = np.array([s.hit_number == gold and _answers(item.question, s, begin) for s in found.sentences])
+        right = _answering(item.question, found.sentences, hits, order.index(item.gold))
         if right.any():
             lists.append((found.rows, right))
     return lists
@@ -114,16 +112,21 @@ def _quoted(items: Sequence[Searched], weights: dict[str, float]) -> tuple[float
         if item.gold not in order:
             continue
         found = item.read(tuple(order), hits)
-        scores = (found.rows @ vector).tolist()
-        ranked = sorted((replace(s, score=score) for s, score in zip(found.sentences, scores, strict=True)),
-                        key=lambda s: -s.score)
-        places = evidence.quotations(ranked)
-        quoted = [s for s in ranked if any(n == s.hit_number and a <= s.start < b for n, a, b in places)]
-        gold = order.index(item.gold) + 1
-        begin = hits[gold - 1].chunk.start
-        answered.append(any(s.hit_number == gold and _answers(item.question, s, begin) for s in quoted))
-        counts.append(len(quoted))
+        right = _answering(item.question, found.sentences, hits, order.index(item.gold))
+        scored = [replace(s, score=score) for s, score in zip(found.sentences, (found.rows @ vector).tolist(), strict=True)]
+        places = evidence.quotations(sorted(scored, key=lambda s: -s.score))
+        quoted = [any(n == s.hit_number and a <= s.start < b for n, a, b in places) for s in scored]
+        answered.append(right[quoted].any())
+        counts.append(sum(quoted))
     return float(np.mean(answered)), float(np.mean(counts))
+
+
+def _answering(
+    question: FitQuestion, sentences: Sequence[evidence.Evidence], hits: Sequence[Hit], gold: int
+) -> np.ndarray:
+    """Which sentences are of the gold passage, `hits[gold]`, and hold the answer: bool (sentences,)."""
+    begin = hits[gold].chunk.start
+    return np.array([s.hit_number == gold + 1 and _answers(question, s, begin) for s in sentences])
 
 
 def _answers(question: FitQuestion, sentence: evidence.Evidence, begin: int) -> bool:

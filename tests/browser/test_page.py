@@ -195,6 +195,7 @@ def test_a_chinese_pdf_from_its_upload_to_its_deletion(visit: Any, tmp_path: Pat
     page.locator("a.lr-chip").first.click()
     mark = page.locator("details.lr-source[open] mark").first
     mark.wait_for()
+    assert "键" in mark.inner_text()
     assert "".join(mark.inner_text().split()) in "".join(answer.split())  # the quoted words, at their place
     box, height = mark.bounding_box(), page.viewport_size["height"]
     assert box is not None and 0 <= box["y"] < height
