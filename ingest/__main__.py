@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import signal
+import sqlite3
 import sys
 import time
 from collections.abc import Sequence
@@ -49,6 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RagError as error:
         print(f"ingest: {error}", file=sys.stderr)
         return EXIT_ERROR
+    except sqlite3.Error as error:
+        from rag.knowledge import database_error
+
+        explained = database_error(error, settings.kb)
+        if explained is None:
+            raise
+        print(f"ingest: {explained}", file=sys.stderr)
+        return EXIT_ERROR
     except KeyboardInterrupt:
         print(
             "ingest: stopped. What was stored stays; run the command again to go on.",
@@ -81,9 +90,10 @@ def _make_parser() -> argparse.ArgumentParser:
         help="copy the knowledge base in --kb to Milvus, nothing embedded again, and end; URI is a file "
         "NAME.db or http://host:19530, with #BASE for one of several")
     add("--include", action="append", default=[], metavar="GLOB",
-        help="ingest only files that match (may be given several times; default: all)")
+        help="ingest only files that match; what the base holds of others stays as it is, unless it is "
+        "gone from the disk (may be given several times; default: all)")
     add("--exclude", action="append", default=[], metavar="GLOB",
-        help="leave out files that match (may be given several times; default: none)")
+        help="leave out files that match, in the same way (may be given several times; default: none)")
     add("--embedder", metavar="NAME",
         help=f"bundled, a folder, or a Hugging Face name (default: {settings.embedder})")
     add("--chunk-tokens", type=int, metavar="N",

@@ -87,14 +87,18 @@ class DocumentBuilder:
         """What was added so far."""
         return "".join(self._parts)
 
-    def add_document(self, document: Document, *, levels_below: int = 0) -> None:
-        """Append another document's text, its headings `levels_below` levels lower."""
+    def add_document(self, document: Document, *, levels_below: int = 0) -> int:
+        """Append another document's text, its headings `levels_below` levels lower.
+
+        Returns what its own offsets begin at.
+        """
         if not document.text.strip():
-            return
+            return self._length
         offset = self.add_text(document.text.strip("\n"))
         offset -= len(document.text) - len(document.text.lstrip("\n"))
         for heading in document.headings:
             self.mark_heading(heading.level + levels_below, heading.title, heading.start + offset)
+        return offset
 
     def begin_page(self, number: int) -> None:
         """What is added from here on stands on this page (1-based)."""

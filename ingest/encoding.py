@@ -37,6 +37,8 @@ _WESTERN = re.compile(
 _HANGUL = re.compile(r"[\uac00-\ud7a3]")
 _HANGUL_WORDS = re.compile(r"[\uac00-\ud7a3] [\uac00-\ud7a3]")
 _HAN = re.compile(r"[\u4e00-\u9fff]")
+# Encodings that write everything in bytes of ASCII, which UTF-8 would accept as they are.
+_SHIFTED = re.compile(r"(?:csiso2022|iso[-_]?2022|hz\b|hz[-_]gb|utf[-_]?7\b)", re.IGNORECASE)
 _CONTROL_BYTES = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b"))
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\x9f\ufffd\ue000-\uf8ff]")
 
@@ -61,6 +63,8 @@ def decode_text(data: bytes, *, declared: str | None = None) -> DecodedText:
             return DecodedText(data.decode(encoding, "replace").removeprefix("\ufeff"), encoding, True)
     if (wide := _wide_encoding(data)) is not None:
         return DecodedText(data.decode(wide, "replace"), wide, False)
+    if declared and _SHIFTED.match(declared) and (text := _decode_strictly(data, declared)) is not None:
+        return DecodedText(text, declared.lower(), True)
     try:
         return DecodedText(data.decode("utf-8"), "utf-8", True)
     except UnicodeDecodeError as error:

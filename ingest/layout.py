@@ -64,7 +64,10 @@ class Gap:
 
 @dataclass(slots=True)
 class Line:
-    """One line of a page, in points from the lower left corner. `is_hyphenated`: a word goes on."""
+    """One line of a page, in points from the lower left corner. `is_hyphenated`: a word goes on.
+
+    `is_closed`: it ends with what is filled in a form; the next line begins something else.
+    """
 
     text: str
     x0: float
@@ -74,6 +77,7 @@ class Line:
     is_bold: bool = False
     is_hyphenated: bool = False
     gaps: list[Gap] = field(default_factory=list)
+    is_closed: bool = False
 
     @property
     def height(self) -> float:
@@ -196,7 +200,7 @@ def _join_row(lines: list[Line]) -> list[Line]:
             place = len(last.text)
             last.gaps += [replace(g, start=g.start + place, end=g.end + place) for g in line.gaps]
             last.text += line.text
-            last.x1, last.is_hyphenated = line.x1, line.is_hyphenated
+            last.x1, last.is_hyphenated, last.is_closed = line.x1, line.is_hyphenated, line.is_closed
             if line.height > last.height:
                 last.y0, last.y1 = line.y0, line.y1
         else:
@@ -369,7 +373,7 @@ def _continues(last: Line, line: Line, edges: _Edges, num_lines: int) -> bool:
     """Whether `line` goes on with the paragraph that `last` is the latest line of."""
     if last.is_hyphenated:
         return True
-    if last.is_bold != line.is_bold or not _is_same_size(last, line):
+    if last.is_closed or last.is_bold != line.is_bold or not _is_same_size(last, line):
         return False
     if _CONTENTS_LINE.search(last.text) or max(len(_cells(last)), len(_cells(line))) >= 3:
         return False
@@ -435,7 +439,7 @@ def _continues_over_break(last: Line, line: Line, last_edges: _Edges, edges: _Ed
     """Whether a paragraph goes on over a page break: it stopped in mid-sentence at the edge."""
     if last.is_hyphenated:
         return True
-    if _BULLET.match(line.text) or last.is_bold != line.is_bold:
+    if last.is_closed or _BULLET.match(line.text) or last.is_bold != line.is_bold:
         return False
     left, _ = edges.of(line)
     is_indented = line.x0 - left > 0.8 * line.height

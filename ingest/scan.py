@@ -46,11 +46,15 @@ class SkippedFile:
 
 @dataclass(frozen=True, slots=True)
 class ScanResult:
-    """`unreadable` are files and folders of which nothing can be said: not that they are gone."""
+    """`unreadable` are files and folders of which nothing can be said: not that they are gone.
+
+    `unwanted` are files that are there and were not asked for in this run.
+    """
 
     sources: dict[str, SourceFile]
     skipped: list[SkippedFile]
     unreadable: tuple[str, ...] = ()
+    unwanted: frozenset[str] = frozenset()
 
     def hides(self, path: str) -> bool:
         """Whether this path may be there although it was not found."""
@@ -69,12 +73,16 @@ def scan(
     sources: dict[str, SourceFile] = {}
     skipped: dict[str, SkippedFile] = {}
     unreadable: list[str] = []
+    unwanted: set[str] = set()
     own = Path(os.path.realpath(kb))
     for scope in scopes:
         start = scope.root.folder / scope.inner if scope.inner else scope.root.folder
         for file, inner, reason in _walk(start, scope, own):
             path = scope.root.prefix + inner
             if not _is_wanted(inner, include, exclude):
+                if reason.startswith(_UNREADABLE):
+                    unreadable.append(path)
+                unwanted.add(path)
                 continue
             if not reason and not _is_utf8(path):
                 path = path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
@@ -99,6 +107,7 @@ def scan(
         {path: sources[path] for path in sorted(sources)},
         [skipped[path] for path in sorted(skipped)],
         tuple(unreadable),
+        frozenset(unwanted),
     )
 
 
@@ -130,7 +139,7 @@ def _walk(start: Path, scope: Scope, own: Path) -> Iterator[tuple[Path, str, str
             file = folder / name
             inner = above + name
             if entry.is_symlink():
-                reason = _judge_link(file, root)
+                reason = _judge_link(file, root, own)
                 if reason or file.is_dir():
                     yield file, inner, reason or "a link to a folder"
                     continue
@@ -146,14 +155,40 @@ def _walk(start: Path, scope: Scope, own: Path) -> Iterator[tuple[Path, str, str
                 yield file, inner, "not a regular file"
 
 
-def _judge_link(file: Path, root: Path) -> str:
-    """Why a link isn't followed: what it names lies outside, or is read under its own name."""
+def _judge_link(file: Path, root: Path, own: Path) -> str:
+    """Why a link isn't followed: what it names lies outside, or is read under its own name.
+
+    Stores of large files (git-annex, DVC, a model hub's cache) keep them where nothing is looked
+    for, and links in the places where people look.
+    """
     target = Path(os.path.realpath(file))
     if not target.exists():
         return "a link to nothing"
     if not target.is_relative_to(root):
         return "a link out of the folder"
-    return "a link to a file that is read under its own name"
+    if target.is_relative_to(own) and not root.is_relative_to(own):
+        return "a link into the knowledge base"
+    if _is_read_itself(target, root):
+        return "a link to a file that is read under its own name"
+    return ""
+
+
+def _is_read_itself(target: Path, root: Path) -> bool:
+    """Whether a file below the root is read where it lies: not hidden, ignored or of no known type."""
+    if target.is_file() and find_loader(target.name) is None:
+        return False
+    rules: dict[Path, list[_Rule]] = {}
+    folder, inner = root, ""
+    for name in target.relative_to(root).parts:
+        _read_rules(folder, root, rules)
+        file, inner = folder / name, f"{inner}/{name}".lstrip("/")
+        is_folder = file.is_dir()
+        if name.startswith(".") or _TEMPORARY.match(name) or is_folder and name in _SKIPPED_FOLDERS:
+            return False
+        if _is_ignored(inner, is_folder, rules[folder]):
+            return False
+        folder = file
+    return True
 
 
 def _is_utf8(path: str) -> bool:
@@ -264,8 +299,8 @@ def take_signature(paths: Sequence[str | Path]) -> int:
                         continue
                     if entry.is_dir(follow_symlinks=False):
                         pending.append(entry.path)
-                    elif entry.is_file(follow_symlinks=False):
-                        state = entry.stat(follow_symlinks=False)
+                    elif os.path.isfile(entry.path):  # or a link to one, which may be followed
+                        state = entry.stat()
                         entries.append((entry.path, state.st_size, state.st_mtime_ns))
             else:
                 state = os.stat(place)

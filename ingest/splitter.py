@@ -35,9 +35,14 @@ _TABLE_RULE = re.compile(r"\|(?:\s*:?-{3,}:?\s*\|)+\s*")
 _SENTENCE_END = re.compile(r"[。！？；：.!?;:…”’」』）)\]\"'|>]\s*$")
 _LIST_ITEM = re.compile(r"\s*(?:[-*+•]|\(?\d+[.)、])\s")
 
+# Where a run of marks may end a sentence: from its first mark on, or from its second behind an initial
+# or "e.g". Tried at every mark instead, a line of dots without a space takes its length squared.
+_RUN_OF_MARKS = (
+    r"(?:(?<![A-Z.!?;])(?<!e\.g)(?<!i\.e)|(?<=[A-Z][.!?;])|(?<=(?:e\.g|i\.e)[.!?;]))[.!?;]++"
+)
 _SEPARATORS = [
     # a sentence's end with the quotes and brackets that close on it
-    r"(?:[。！？；…]+[”’」』）】》\"')\]]*\s*|(?<![A-Z])(?<!e\.g)(?<!i\.e)[.!?;]+[\"'”’)\]]*\s+)",
+    rf"(?:[。！？；…]+[”’」』）】》\"')\]]*\s*|{_RUN_OF_MARKS}[\"'”’)\]]*+\s+)",
     r"(?:[，、：]\s*|[,:]\s+)",
     r"\s+",
     r"(?:[\s\S]{8})",  # text without a space: slices

@@ -22,13 +22,13 @@ from ingest.ocr import can_be_read_now
 from ingest.parsers import Limits, ParsedFile, ParserPool, Splitting, Workers
 from ingest.report import FileResult, Status, SyncReport, find_twins
 from ingest.roots import META_KEY, Root, RootTable, Scope
-from ingest.scan import ScanResult, SourceFile, hash_files, scan
+from ingest.scan import IGNORE_FILE, ScanResult, SourceFile, hash_files, scan
 from ingest.splitter import VERSION as SPLITTER_VERSION
 from ingest.splitter import split_document
 from rag.document import Chunk, Document
 from rag.embedder import Embedder, StaticEmbedder, Vectors, load_embedder
 from rag.errors import EmbedderError, InputError, KnowledgeBaseError
-from rag.knowledge import FileRecord
+from rag.knowledge import FileRecord, database_error
 from rag.settings import Settings
 from rag.store import Store, create_store, find_store
 
@@ -172,6 +172,11 @@ class _Run:
                 f"the knowledge base in {base.folder} can't be written: {error}. What was stored "
                 "before is whole; make room or check the folder's rights, and run this again."
             ) from error
+        except sqlite3.DatabaseError as error:  # damaged pages
+            explained = database_error(error, base.folder)
+            if explained is None:
+                raise
+            raise explained from error
 
     def _apply(self, base: Store, *, reembed: bool) -> SyncReport:
         with base.writing():
@@ -201,6 +206,7 @@ class _Run:
         max_bytes = self._limits.file_mb << 20
         hashes = hash_files(list(found.sources.values()), max_bytes=max_bytes)
         gone = _find_gone(known, found, before, roots, scopes)
+        self._note_unwanted(known, found)
         vanished = roots.vanished(known)
         if self._prune:
             gone.update(path for paths in vanished.values() for path in paths)
@@ -441,6 +447,14 @@ class _Run:
 
     # reporting
 
+    def _note_unwanted(self, known: Iterable[str], found: ScanResult) -> None:
+        num_files = len(found.unwanted.intersection(known))
+        if num_files:
+            self._notes.append(
+                f"{num_files:,} files that --include or --exclude leave out stay in the base as they "
+                f"are. To delete them from it, name them in {IGNORE_FILE}."
+            )
+
     def _note(self, result: FileResult) -> None:
         self._results[result.path] = result
 
@@ -496,7 +510,7 @@ def _find_gone(
     gone: set[str] = set()
     absorbed: set[Root] = set(before.roots) - set(after.roots)
     for path in known:
-        if path in kept or found.hides(path):
+        if path in kept or path in found.unwanted or found.hides(path):
             continue
         owner = before.owner(path)
         if owner is None or owner in absorbed:

@@ -20,6 +20,7 @@ from fakes import WordEmbedder
 from ingest import FileResult, Limits, Progress, SyncReport, sync
 from ingest.__main__ import main
 from ingest.ocr import find_tesseract
+from ingest.scan import take_signature
 from rag.errors import InputError, KnowledgeBaseError
 from rag.knowledge import KnowledgeBase
 from rag.settings import Settings
@@ -406,6 +407,29 @@ def test_include_and_exclude_are_globs_on_the_path(tmp_path: Path) -> None:
     assert set(statuses(report)) == {"a.md", "sub/b.md"}
 
 
+def test_what_include_and_exclude_leave_out_stays_in_the_base(tmp_path: Path) -> None:
+    """A run for the notes alone deleted everything else, which was still on the disk."""
+    docs = tmp_path / "docs"
+    for name in ("a.md", "b.txt", "gone.txt", "sub/c.md"):
+        write(docs / name, f"text of {name}")
+    sync_words(tmp_path, docs)
+    (docs / "gone.txt").unlink()
+    write(docs / "a.md", "edited")
+    write(docs / "b.txt", "edited too")
+    for dry_run in (True, False):
+        report = sync_words(tmp_path, docs, include=["*.md"], exclude=["sub"], dry_run=dry_run)
+        assert statuses(report) == {"a.md": "changed", "gone.txt": "deleted"}
+        assert report.notes == (
+            "2 files that --include or --exclude leave out stay in the base as they are. "
+            "To delete them from it, name them in .ragignore.",
+        )
+    assert set(KnowledgeBase.open(tmp_path / "kb").files()) == {"a.md", "b.txt", "sub/c.md"}
+    write(docs / ".ragignore", "b.txt")
+    assert statuses(sync_words(tmp_path, docs, include=["*.md"])) == {
+        "a.md": "unchanged", "b.txt": "deleted", "sub/c.md": "unchanged",
+    }
+
+
 def test_the_base_in_the_folder_is_not_ingested(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", "one")
     sync_words(tmp_path, tmp_path)
@@ -444,6 +468,31 @@ def test_a_folder_that_can_not_be_read_for_once_loses_nothing(
     assert report.files[1].error == "can't be read: Permission denied"
     monkeypatch.undo()
     assert statuses(sync_words(tmp_path, docs)) == {"a.txt": "unchanged", "locked/b.txt": "unchanged"}
+
+
+def test_a_link_to_what_nothing_else_reads_is_followed(tmp_path: Path) -> None:
+    """Stores of large files keep them hidden, or under names without a suffix, behind links."""
+    docs = tmp_path / "docs"
+    hidden = write(docs / ".annex" / "ab" / "lease.txt", "The rent is 500 euros.")
+    blob = write(docs / "blobs" / "3f2a", "# The blob\n\nText.")
+    ignored = write(docs / "store" / "notes.txt", "A note.")
+    write(docs / ".ragignore", "store/\n")
+    for name, target in (("lease.txt", hidden), ("blob.md", blob), ("sub/notes.txt", ignored)):
+        (docs / name).parent.mkdir(exist_ok=True)
+        (docs / name).symlink_to(target)
+    (docs / "twin.md").symlink_to(docs / "blob.md")
+    (docs / "folder").symlink_to(docs / ".annex")
+    (docs / "base.txt").symlink_to(write(docs / "kb" / "own.txt", "The base's own."))
+    report = sync_words(docs, docs)
+    assert statuses(report) == {
+        "lease.txt": "added", "blob.md": "added", "sub/notes.txt": "added", "twin.md": "added",
+        "blobs/3f2a": "skipped", "folder": "skipped", "base.txt": "skipped",
+    }
+    base = KnowledgeBase.open(docs / "kb")
+    assert [chunk.text for chunk in base.chunks_of("lease.txt")] == ["The rent is 500 euros."]
+    before = take_signature([docs])
+    write(hidden, "The rent is 600 euros a month.")
+    assert take_signature([docs]) != before, "--watch sees what a link leads to"
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:
@@ -763,3 +812,16 @@ def test_a_files_name_gives_the_terminal_no_orders() -> None:
 def test_results_describe_themselves_in_one_line() -> None:
     result = FileResult("a.pdf", "added", pages=2, chunks=1)
     assert result.describe() == "+ a.pdf (2 pages, 1 chunk)"
+
+
+def test_a_damaged_base_is_one_clear_line(tmp_path: Path) -> None:
+    """It was a traceback of SQLite's, which said nothing of what to do."""
+    for number in range(40):
+        write(tmp_path / "docs" / f"{number}.txt", f"text {number} " * 50)
+    assert ingest(tmp_path, "docs").code == 0
+    file = tmp_path / "kb" / "knowledge.sqlite"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:12288] + b"\x5a" * (len(whole) - 12288))
+    for arguments in (("docs",), ("--report",)):
+        outcome = ingest(tmp_path, *arguments)
+        assert outcome.code == 1 and "Restore it from a copy" in outcome.err and "Traceback" not in outcome.err

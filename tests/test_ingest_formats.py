@@ -104,6 +104,23 @@ def test_lines_that_are_no_json_are_counted(tmp_path: Path) -> None:
         load(tmp_path, "c.json", "[" * 100_000)
 
 
+def test_a_record_that_is_nested_too_deeply_costs_only_itself(tmp_path: Path) -> None:
+    """One such line between two good ones lost the file."""
+    deep = "[" * 100_000 + "]" * 100_000
+    document = load(tmp_path, "a.jsonl", f'{{"a": "good"}}\n{deep}\n{{"b": "good"}}\n')
+    assert document.text == "a: good\n\nb: good"
+    assert document.warnings == ("1 lines are nested too deeply to be read (the first is line 2)",)
+    with pytest.raises(LoadError, match="nested too deeply"):
+        load(tmp_path, "c.jsonl", deep)
+
+
+def test_half_a_character_in_a_title_is_replaced_as_in_the_text(tmp_path: Path) -> None:
+    """The text was mended and the title was not, which ended the process that reads."""
+    document = load(tmp_path, "a.json", '[{"title": "\\ud800 lone", "a": "x"}]')
+    assert document.text == "title: \ufffd lone\na: x"
+    assert titles(document) == [(1, "\ufffd lone")]
+
+
 def test_notebooks_keep_text_code_and_output(tmp_path: Path) -> None:
     cells = [
         {"cell_type": "markdown", "source": ["# Cache\n", "\n", "Its size."]},
@@ -135,6 +152,66 @@ def test_an_archive_is_read_and_what_it_calls_its_files_is_never_a_place(tmp_pat
     )
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.zip"]
     assert not (tmp_path.parent.parent / "outside.txt").exists()
+
+
+def test_a_damaged_member_is_named_and_the_others_are_read(tmp_path: Path) -> None:
+    """A few flipped bytes in one of them lost the whole archive."""
+    file = tmp_path / "a.zip"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.txt", "The rent is 500 euros.")
+        archive.writestr("b.txt", " ".join(str(number * number) for number in range(500)))
+        archive.writestr("c.txt", "The deposit is 900 euros.")
+    data = bytearray(file.read_bytes())
+    start = data.find(b"b.txt") + 10
+    data[start : start + 50] = bytes(byte ^ 0xFF for byte in data[start : start + 50])
+    file.write_bytes(data)
+    document = load_document(file, "a.zip")
+    assert document.text == "a.txt\n\nThe rent is 500 euros.\n\nc.txt\n\nThe deposit is 900 euros."
+    (warning,) = document.warnings
+    assert warning.startswith("b.txt: can't be read, it may be damaged (Error -3")
+
+
+def test_an_archive_of_one_file_with_pages_keeps_them(tmp_path: Path) -> None:
+    from reportlab.pdfgen.canvas import Canvas
+
+    canvas = Canvas(str(tmp_path / "a.pdf"))
+    for text in ("The first page holds this line.", "The second page holds that line."):
+        canvas.drawString(72, 700, text)
+        canvas.showPage()
+    canvas.save()
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(tmp_path / "a.pdf", "a.pdf")
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.write(tmp_path / "a.pdf", "a.pdf")
+        archive.write(tmp_path / "a.pdf", "b.pdf")
+    document = load_document(tmp_path / "a.zip", "a.zip")
+    assert [page.number for page in document.pages] == [1, 2]
+    assert (document.page_at(0), document.page_at(document.text.index("The second"))) == (1, 2)
+    assert document.page_at(document.text.index("The second") - 1) == 1
+    assert load_document(tmp_path / "b.zip", "b.zip").pages == (), "page 2 of which of them?"
+
+
+BOOK = {
+    "META-INF/container.xml": "<container><rootfiles><rootfile full-path='c.opf'/></rootfiles></container>",
+    "c.opf": "<package><manifest><item id='a' href='a.xhtml'/><item id='b' href='b.xhtml'/></manifest>"
+             "<spine><itemref idref='a'/><itemref idref='b'/><itemref idref='c'/></spine></package>",
+}
+
+
+def test_a_chapter_that_is_not_there_is_named_and_the_others_are_read(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.epub", "w") as archive:
+        for name, text in {**BOOK, "a.xhtml": "<p>The ship leaves at noon.</p>"}.items():
+            archive.writestr(name, text)
+    document = load_document(tmp_path / "a.epub", "a.epub")
+    assert document.text == "The ship leaves at noon."
+    assert document.warnings == (
+        "b.xhtml: left out, the book does not hold it", "chapter c: left out, the book does not hold it",
+    )
+    with zipfile.ZipFile(tmp_path / "b.epub", "w") as archive:
+        for name, text in BOOK.items():
+            archive.writestr(name, text)
+    with pytest.raises(LoadError, match="no chapter of this EPUB book can be read. a.xhtml: left out"):
+        load_document(tmp_path / "b.epub", "b.epub")
 
 
 def test_books_are_read_in_their_order(tmp_path: Path) -> None:
@@ -170,6 +247,14 @@ def test_messages_keep_who_when_and_what(tmp_path: Path) -> None:
     )
     assert document.title == "缓存的大小"
     assert document.warnings == ("attachments are not read: sizes.pdf",)
+
+
+def test_mail_headers_sent_in_bare_gbk_are_read(tmp_path):
+    """Old mail programs name no encoding there; subject and sender came out as replacement characters."""
+    head = "From: 张三 <zhang@example.org>\nSubject: 关于押金的通知\nContent-Type: text/plain; charset=gbk\n\n"
+    document = load(tmp_path, "a.eml", (head + "押金为九百元，退租后七日内退还。\n").encode("gbk"))
+    assert document.title == "关于押金的通知"
+    assert "张三" in document.text and "押金为九百元" in document.text
 
 
 # source code ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from loading import load, titles
 
 from ingest.encoding import decode_text
 from ingest.loaders import find_loader, load_document, why_skipped
+from ingest.loaders.markdown import read_markdown
 from ingest.outline import find_counted_headings, find_numbered_headings
 from rag.errors import LoadError
 
@@ -47,6 +49,21 @@ def test_a_torn_last_character_does_not_change_the_encoding() -> None:
     decoded = decode_text((SIMPLIFIED * 2).encode("utf-8")[:-1])
     assert decoded.encoding == "utf-8"
     assert decoded.text.startswith(SIMPLIFIED)
+
+
+@pytest.mark.parametrize(
+    ("text", "declared"),
+    [("家賃は五万円です。", "ISO-2022-JP"), ("押金为三千元。", "hz-gb-2312"), ("임대료는 백만 원", "iso-2022-kr"),
+     ("Größe: 5 m", "utf-7"), ("plain", "iso-2022-jp")],
+)
+def test_a_declared_encoding_of_ascii_bytes_is_tried_first(text: str, declared: str) -> None:
+    """Japanese mail is in ISO-2022-JP: its bytes are valid UTF-8, which shows "$B2HD$O" for words."""
+    codec = "hz" if declared.startswith("hz") else declared
+    assert decode_text(text.encode(codec), declared=declared).text == text
+
+
+def test_a_text_that_isnt_what_it_declares_is_still_read() -> None:
+    assert decode_text("Größe".encode(), declared="iso-2022-jp").text == "Größe"
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
@@ -99,6 +116,28 @@ def test_front_matter_gives_the_title_and_stays_in_the_text(tmp_path: Path) -> N
     document = load(tmp_path, "a.md", text)
     assert (document.title, document.text) == ("旋转位置编码", text)
     assert titles(document) == [(1, "RoPE")]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        " *a" * 66_000, "**a " * 50_000, "`a " * 66_000, "[" * 200_000, "![" * 100_000, "[a](" * 50_000,
+        "<!--" * 50_000, "<a" * 100_000, "{#" * 100_000, "a" + " " * 200_000 + "b", " #" * 100_000,
+    ],
+    ids=lambda line: line[:4],
+)
+def test_a_heading_of_marks_that_nothing_closes_is_read_at_once(line: str) -> None:
+    """Each mark was followed to the end of the line: 24 KB of them held up the ingest for seconds."""
+    began = time.perf_counter()
+    title, headings = read_markdown(f"---\ntitle: {line}\n---\n# {line}\n\n{line}\n===\n")
+    assert time.perf_counter() - began < 6
+    assert title and headings
+
+
+def test_a_picture_in_a_link_and_a_superscript_are_read_in_titles() -> None:
+    """A heading's title is quoted with the answer: 10<sup>6</sup> must not become 106."""
+    _, headings = read_markdown("# Area 10<sup>6</sup> m\n\n# Tool [![passing](a.svg)](b.html)\n")
+    assert [heading.title for heading in headings] == ["Area 10^6 m", "Tool passing"]
 
 
 def test_marks_are_taken_off_titles(tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from collections.abc import Sequence
 
 import pytest
 
+from ingest import splitter
 from ingest.loaders.markdown import read_markdown
 from ingest.splitter import split_document
 from rag.document import Chunk, Document, Heading, Page
@@ -220,3 +222,30 @@ def test_counting_is_batched() -> None:
     _, headings = read_markdown(text)
     split_document(Document("f.md", text, "md", headings=tuple(headings)), count, chunk_tokens=40)
     assert calls <= 5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "." * 200_000, "Contents " + "." * 40_000 + "7", ".)" * 100_000, "A." * 100_000,
+        "e.g." * 50_000, "?!" * 100_000 + "x", "." + ")" * 200_000, "…" * 200_000, "x. " * 60_000,
+        "a" + " " * 200_000 + "b", "|" * 200_000, "- " * 100_000, "\n" * 200_000, "\n " * 100_000,
+    ],
+    ids=lambda text: repr(text[:4]),
+)
+def test_time_grows_with_the_length_of_a_line_whatever_it_holds(text: str) -> None:
+    """A table of contents with 40,000 dots in a row held up a whole ingest for minutes."""
+    document = Document("a.txt", text, "txt")
+    began = time.perf_counter()
+    chunks = split_document(document, count_words, chunk_tokens=320)
+    assert time.perf_counter() - began < 5
+    assert_sound(document, chunks)
+
+
+def test_marks_behind_an_initial_or_an_abbreviation_end_a_sentence_from_the_second_on() -> None:
+    """"e.g. this" and "J. Smith" go on; "in the USA... Then" does not."""
+    found = [
+        text for text in ("e.g. this", "i.e. that", "J. Smith", "the USA... Then", "e.g... this", "so. Then")
+        if re.search(splitter._SEPARATORS[0], text)
+    ]
+    assert found == ["the USA... Then", "e.g... this", "so. Then"]

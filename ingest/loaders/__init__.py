@@ -90,12 +90,22 @@ def load_document(file: Path, path: str) -> Document:
 
 def _finish(document: Document) -> Document:
     """What holds for every format: text that can be stored as UTF-8, a warning where there's none."""
-    text = document.text
-    if _SURROGATE.search(text):
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    document = replace(
+        document, title=_mend(document.title), warnings=tuple(map(_mend, document.warnings)),
+        headings=tuple(replace(heading, title=_mend(heading.title)) for heading in document.headings),
+    )
+    text = _mend(document.text)
+    if text != document.text:
         if len(text) != len(document.text):  # pairs became one character: places have moved
             document = replace(document, pages=(), headings=())
         document = replace(document, text=text)
     if not text.strip() and not document.warnings:
         document = replace(document, warnings=("the file holds no text",))
     return document
+
+
+def _mend(text: str) -> str:
+    """Halves of characters, which UTF-8 does not know, put together or replaced."""
+    if not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

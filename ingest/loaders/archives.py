@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 import tempfile
 import zipfile
+import zlib
 from email import policy
 from email.message import EmailMessage
 from email.parser import BytesParser
@@ -28,11 +29,12 @@ class ZipLoader:
 
     media_type = "zip"
     suffixes: tuple[str, ...] = (".zip",)
-    version = 1
+    version = 2
 
     def load(self, file: Path, path: str) -> Document:
         check_zip(file, "a zip file")
         builder = DocumentBuilder()
+        read: list[tuple[Document, int]] = []  # (document, where its text begins)
         with zipfile.ZipFile(file) as archive, tempfile.TemporaryDirectory() as folder:
             members = [member for member in archive.infolist() if not member.is_dir()]
             if len(members) > _MAX_MEMBERS:
@@ -41,16 +43,25 @@ class ZipLoader:
                 )
             for number, member in enumerate(sorted(members, key=lambda member: member.filename)):
                 name = _member_name(member)
-                reason = self._add(builder, archive, member, name, Path(folder) / str(number))
-                if reason:
-                    builder.warnings.append(f"{name}: {reason}")
+                found = self._read(archive, member, name, Path(folder) / str(number))
+                if isinstance(found, str):
+                    builder.warnings += [f"{name}: {found}"] if found else []
+                    continue
+                builder.warnings += [f"{name}: {warning}" for warning in found.warnings]
+                if found.text.strip():
+                    builder.add_heading(1, name)
+                    read.append((found, builder.add_document(found, levels_below=1)))
+        if len(read) == 1:  # of several, "page 3" would not say of which
+            (document, start), = read
+            for number, page in enumerate(document.pages):
+                begins = min(start + page.start, builder.length) if number else 0
+                builder.begin_page_at(page.number, begins)
         return builder.build(path, self.media_type)
 
-    def _add(
-        self, builder: DocumentBuilder, archive: zipfile.ZipFile, member: zipfile.ZipInfo,
-        name: str, target: Path,
-    ) -> str:
-        """Add one member. Returns why it is left out, "" where it isn't."""
+    def _read(
+        self, archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, target: Path
+    ) -> Document | str:
+        """One member's document, or why it is left out: "" where nobody would miss it."""
         from ingest.loaders import find_loader, load_document, why_skipped
 
         parts = PurePosixPath(name).parts
@@ -63,16 +74,19 @@ class ZipLoader:
         file = target.with_suffix(PurePosixPath(name).suffix)
         try:
             file.write_bytes(archive.read(member))
-            document = load_document(file, name)
-        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, LoadError) as error:
+            return load_document(file, name)
+        except LoadError as error:
             return clean_line(str(error))
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever is wrong with it, the others can be read
+            return f"can't be read, it may be damaged ({_describe(error)})"
         finally:
             file.unlink(missing_ok=True)
-        if document.text.strip():
-            builder.add_heading(1, name)
-            builder.add_document(document, levels_below=1)
-        builder.warnings += [f"{name}: {warning}" for warning in document.warnings]
-        return ""
+
+
+def _describe(error: Exception) -> str:
+    return clean_line(str(error))[:200] or type(error).__name__
 
 
 def _member_name(member: zipfile.ZipInfo) -> str:
@@ -90,7 +104,7 @@ class EpubLoader:
 
     media_type = "epub"
     suffixes: tuple[str, ...] = (".epub",)
-    version = 1
+    version = 2
 
     def load(self, file: Path, path: str) -> Document:
         from lxml import etree
@@ -104,16 +118,37 @@ class EpubLoader:
                 manifest = {item.get("id"): item for item in package.iterfind(".//{*}manifest/{*}item")}
                 for reference in package.iterfind(".//{*}spine/{*}itemref"):
                     item = manifest.get(reference.get("idref"))
-                    if item is None or "nav" in (item.get("properties") or "").split():
+                    if item is not None and "nav" in (item.get("properties") or "").split():
                         continue
-                    inner = posixpath.join(
-                        posixpath.dirname(package_path), unquote(item.get("href") or "")
-                    )
-                    page = decode_text(archive.read(posixpath.normpath(inner))).text
-                    add_html(builder, page)
-        except (KeyError, zipfile.BadZipFile, etree.XMLSyntaxError, EOFError) as error:
+                    href = unquote(item.get("href") or "") if item is not None else ""
+                    inner = posixpath.normpath(posixpath.join(posixpath.dirname(package_path), href))
+                    name = href or f"chapter {reference.get('idref')}"
+                    if trouble := _add_chapter(builder, archive, inner):
+                        builder.warnings.append(f"{name}: left out, {trouble}")
+        except (KeyError, zipfile.BadZipFile, zlib.error, etree.XMLSyntaxError, EOFError) as error:
             raise LoadError(f"this EPUB book is damaged: {clean_line(str(error))}") from error
+        if not builder.length and builder.warnings:
+            raise LoadError(f"no chapter of this EPUB book can be read. {builder.warnings[0]}")
         return builder.build(path, self.media_type, title=clean_line(title))
+
+
+def _add_chapter(builder: DocumentBuilder, archive: zipfile.ZipFile, inner: str) -> str:
+    """Add one of a book's pages. Returns what is wrong with it, "" where nothing is."""
+    try:
+        data = archive.read(inner)
+    except KeyError:
+        return "the book does not hold it"
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
+        return f"it is damaged ({_describe(error)})"
+    num_warnings = len(builder.warnings)
+    try:
+        add_html(builder, decode_text(data).text, is_book=True)
+    except LoadError as error:
+        return clean_line(str(error))
+    builder.warnings[num_warnings:] = [
+        f"{posixpath.basename(inner)}: {warning}" for warning in builder.warnings[num_warnings:]
+    ]
+    return ""
 
 
 def _read_package(archive: zipfile.ZipFile) -> tuple[str, Any]:
@@ -133,13 +168,15 @@ class EmailLoader:
 
     media_type = "eml"
     suffixes: tuple[str, ...] = (".eml",)
-    version = 1
+    version = 2
 
     def load(self, file: Path, path: str) -> Document:
         with file.open("rb") as stream:
             message = BytesParser(policy=policy.default).parse(stream)
         if not isinstance(message, EmailMessage) or not (message["from"] or message["subject"]):
             raise LoadError("this is not an e-mail message (it has neither sender nor subject).")
+        body = message.get_body(preferencelist=("plain", "html"))
+        _decode_headers(message, body.get_content_charset() if body is not None else None)
         builder = DocumentBuilder()
         subject = clean_line(str(message["subject"] or ""))
         builder.add_heading(1, subject)
@@ -149,7 +186,6 @@ class EmailLoader:
             if message[name]
         ]
         builder.add_paragraph("\n".join(lines))
-        body = message.get_body(preferencelist=("plain", "html"))
         if body is not None:
             data = body.get_payload(decode=True)
             text = decode_text(
@@ -163,3 +199,17 @@ class EmailLoader:
         if names:
             builder.warnings.append(f"attachments are not read: {', '.join(map(clean_line, names))}")
         return builder.build(path, self.media_type, title=subject)
+
+
+def _decode_headers(message: EmailMessage, declared: str | None) -> None:
+    """Headers sent in bytes beyond ASCII name no encoding: it is the body's, or found out for all together."""
+    raw = {
+        name: str(value).encode("ascii", "surrogateescape")
+        for name, value in message.raw_items()
+        if name.lower() in ("from", "to", "cc", "subject") and any("\udc80" <= c <= "\udcff" for c in str(value))
+    }
+    if not raw:
+        return
+    texts = decode_text(b"\n\n".join(raw.values()), declared=declared).text.split("\n\n")
+    for name, text in zip(raw, texts, strict=True):
+        message.replace_header(name, clean_line(text))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from rag.document import Document, Heading
 from rag.errors import LoadError
 
 _W = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
+_M = "{http://schemas.openxmlformats.org/officeDocument/2006/math}"
 _FALLBACK = "{http://schemas.openxmlformats.org/markup-compatibility/2006}Fallback"
 _HEADING_STYLE = re.compile(r"(?:heading|标题|標題|titre|überschrift)\s*([1-9])$", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[。！？；：，.!?;:,|]$")
 _MAX_TITLE = 60  # characters
+_ORDINALS = frozenset({"st", "nd", "rd", "th"})  # behind a digit
+_BRANDS = frozenset({"tm", "sm"})
 _NOTES = "/word/footnotes.xml", "/word/endnotes.xml"
 
 
@@ -27,7 +31,7 @@ class DocxLoader:
 
     media_type = "docx"
     suffixes: tuple[str, ...] = (".docx", ".docm")
-    version = 2
+    version = 3
 
     def load(self, file: Path, path: str) -> Document:
         import docx
@@ -71,6 +75,10 @@ class _Reader:
         self.title = ""
         self._package = package
         self._styles = {style.style_id: style for style in package.styles}
+        self._raised = frozenset(
+            style_id for style_id, style in self._styles.items()
+            if _value(style.element, "rPr/vertAlign") == "superscript"
+        )
         self._levels: dict[str, int | None] = {}
         self._previous_was_item = False
         self._bold: list[Heading] = []
@@ -100,14 +108,14 @@ class _Reader:
             root = etree.fromstring(part.blob, etree.XMLParser(resolve_entities=False))
             for note in root:
                 if note.get(f"{_W}type") in (None, "normal"):
-                    text = clean_line(" ".join(_read_text(p) for p in note.iter(f"{_W}p")))
+                    text = clean_line(" ".join(_read_text(p, self._raised) for p in note.iter(f"{_W}p")))
                     if text:
                         lines.append(f"[^{note.get(f'{_W}id')}]: {text}")
         if lines:
             self.builder.add_paragraph("\n".join(lines))
 
     def _add_paragraph(self, element: Any) -> None:
-        text = _read_text(element)
+        text = _read_text(element, self._raised)
         if not text.strip():
             return
         style_id = _value(element, "pPr/pStyle")
@@ -171,7 +179,7 @@ class _Reader:
                 merged = cell.find(f"{_W}tcPr/{_W}vMerge")
                 is_continued = merged is not None and merged.get(f"{_W}val") != "restart"
                 text = "" if is_continued else " ".join(
-                    _read_text(paragraph) for paragraph in cell.iter(f"{_W}p")
+                    _read_text(paragraph, self._raised) for paragraph in cell.iter(f"{_W}p")
                 )
                 span = _value(cell, "tcPr/gridSpan") or "1"
                 cells += [text] + [""] * (min(int(span), 63) - 1 if span.isdigit() else 0)
@@ -197,28 +205,99 @@ def _blocks(body: Any) -> Iterator[Any]:
             yield from _blocks(element)
 
 
-def _read_text(paragraph: Any) -> str:
-    """The visible characters of a paragraph, without those of text boxes anchored in it."""
+def join_runs(runs: Iterable[tuple[str, bool]]) -> str:
+    """The text of (text, is raised) runs. A raised one keeps apart from what it stands behind.
+
+    10 with a raised 6 is 10^6 and not 106; 1st and a mark like * stay as they are.
+    """
     parts: list[str] = []
+    for is_raised, neighbours in groupby((run for run in runs if run[0]), key=lambda run: run[1]):
+        text = "".join(text for text, _ in neighbours)
+        before = parts[-1][-1] if parts else " "
+        if is_raised and not before.isspace() and not text[0].isspace():
+            is_mark = not any(character.isalnum() for character in text)
+            is_ordinal = before.isdigit() and text.strip().lower() in _ORDINALS
+            if not (is_mark or is_ordinal or text.strip().lower() in _BRANDS):
+                parts.append("^")
+        parts.append(text)
+    return "".join(parts)
+
+
+def _read_text(paragraph: Any, raised_styles: frozenset[str]) -> str:
+    """The visible characters of a paragraph, without those of text boxes anchored in it."""
+    parts: list[tuple[str, bool]] = []
     stack = list(reversed(paragraph))
     while stack:
         element = stack.pop()
         tag = element.tag
         if tag == f"{_W}t":
-            parts.append(element.text or "")
+            text = element.text or ""
+            is_raised = _is_raised(element.getparent(), raised_styles)
+            if is_raised and text.strip() and any(True for _ in element.iterancestors(f"{_W}hyperlink")):
+                text, is_raised = f"[{text.strip()}]", False  # a link to a note
+            parts.append((text, is_raised))
         elif tag == f"{_W}tab":
-            parts.append("\t")
+            parts.append(("\t", False))
         elif tag in (f"{_W}br", f"{_W}cr"):
-            parts.append("\n")
+            parts.append(("\n", False))
         elif tag == f"{_W}noBreakHyphen":
-            parts.append("-")
+            parts.append(("-", _is_raised(element.getparent(), raised_styles)))
         elif tag in (f"{_W}footnoteReference", f"{_W}endnoteReference"):
-            parts.append(f"[^{element.get(f'{_W}id')}]")
+            parts.append((f"[^{element.get(f'{_W}id')}]", False))
+        elif tag == f"{_M}oMath":
+            parts.append((_read_formula(element), False))
         elif tag in (f"{_W}del", f"{_W}moveFrom", f"{_W}txbxContent", f"{_W}pPr", _FALLBACK):
             continue
         else:
             stack.extend(reversed(element))
-    return "".join(parts)
+    return join_runs(parts)
+
+
+def _is_raised(run: Any, raised_styles: frozenset[str]) -> bool:
+    own = _value(run, "rPr/vertAlign")
+    return own == "superscript" or own is None and _value(run, "rPr/rStyle") in raised_styles
+
+
+def _read_formula(element: Any) -> str:
+    """An equation in one line: E=mc^2, (a+b)/2, √(x)."""
+    if element.tag in (f"{_M}t", f"{_W}t"):
+        return element.text or ""
+    name = str(element.tag).removeprefix(_M)
+    if name.endswith("Pr") or element.tag in (f"{_W}del", f"{_W}moveFrom", f"{_W}rPr"):
+        return ""
+
+    def part(child: str) -> str:
+        found = element.find(_M + child)
+        return "" if found is None else "".join(map(_read_formula, found))
+
+    def character(path: str, usual: str) -> str:
+        found = element.find("/".join(_M + step for step in path.split("/")))
+        return usual if found is None else found.get(f"{_M}val") or ""
+
+    scripts = "".join(mark + _bracket(part(child)) for mark, child in (("_", "sub"), ("^", "sup")) if part(child))
+    if name in ("sSup", "sSub", "sSubSup"):
+        return _bracket(part("e")) + scripts
+    if name == "sPre":
+        return scripts + part("e")
+    if name == "f":
+        return f"{_bracket(part('num'))}/{_bracket(part('den'))}"
+    if name == "rad":
+        return f"{part('deg')}√({part('e')})"
+    if name == "d":
+        inner = "|".join("".join(map(_read_formula, e)) for e in element.findall(f"{_M}e"))
+        return f"{character('dPr/begChr', '(')}{inner}{character('dPr/endChr', ')')}"
+    if name == "nary":
+        return f"{character('naryPr/chr', '∫')}{scripts} {part('e')}"
+    if name == "m":
+        rows = [", ".join("".join(map(_read_formula, e)) for e in row) for row in element.findall(f"{_M}mr")]
+        return "; ".join(rows)
+    return "".join(map(_read_formula, element))
+
+
+def _bracket(part: str) -> str:
+    """Brackets around a part of a formula that more than one letter or number makes up."""
+    is_simple = part.isalnum() or part[:1] == "(" and part[-1:] == ")" and part.count("(") == 1
+    return part if is_simple or not part else f"({part})"
 
 
 def _is_bold(paragraph: Any) -> bool:

@@ -9,16 +9,20 @@ from ingest.loaders.text import read_text
 from ingest.outline import add_articles
 from rag.document import Document, Heading
 
-_ATX = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*$")
+_ATX = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*))?$")
+_CLOSING_HASHES = re.compile(r"(?<=[ \t])#+$")
 _SETEXT = re.compile(r" {0,3}(=+|-{2,})[ \t]*$")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)$")
 _NOT_A_PARAGRAPH = re.compile(r"\s*(?:[-*+>|#]|\d+[.)])|\s*$| {4}|\t")
 _FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?\n)?(?:---|\.\.\.)[ \t]*(?:\n|$)", re.DOTALL)
-_FRONT_TITLE = re.compile(r"^title[ \t]*:[ \t]*(.+?)[ \t]*$", re.MULTILINE | re.IGNORECASE)
-_LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
-_EMPHASIS = re.compile(r"(\*\*|__|\*|`|~~)(?=\S)(.+?)(?<=\S)\1")
+_FRONT_TITLE = re.compile(r"^title[ \t]*:[ \t]*([^ \t\n].*)$", re.MULTILINE | re.IGNORECASE)
+_MARK = re.compile(r"(\*\*|__|\*|`|~~)(?=\S)")
+_CLOSING_MARKS = {mark: re.compile(rf"(?<=\S){re.escape(mark)}") for mark in ("**", "__", "*", "`", "~~")}
+# Bounded: of a line of openings that nothing closes, each would otherwise be followed to the line's end.
+_LINK = re.compile(r"!?\[([^\[\]]*)\]\([^)]{0,1000}\)")
+_SUPERSCRIPT = re.compile(r"(?<=\w)<sup>([^<]{1,40})</sup>", re.IGNORECASE)
 _ESCAPE = re.compile(r"\\([\\`*_{}\[\]()#+\-.!|<>~])")
-_TAG = re.compile(r"</?[A-Za-z][^>]*>|<!--.*?-->|\{#[^}]*\}$")
+_TAG = re.compile(r"</?[A-Za-z][^>]{0,1000}>|<!--.{0,1000}?-->|\{#[^}]{0,300}\}$")
 
 
 class MarkdownLoader:
@@ -26,7 +30,7 @@ class MarkdownLoader:
 
     media_type = "md"
     suffixes: tuple[str, ...] = (".md", ".markdown", ".mdown", ".mkd", ".mdx")
-    version = 1
+    version = 2
 
     def load(self, file: Path, path: str) -> Document:
         text, warnings = read_text(file)
@@ -42,7 +46,7 @@ def read_markdown(text: str) -> tuple[str, list[Heading]]:
     start = 0
     if front := _FRONT_MATTER.match(text):
         if found := _FRONT_TITLE.search(front[1] or ""):
-            title = found[1].strip("\"'")
+            title = found[1].rstrip(" \t").strip("\"'")
         start = front.end()
     headings = _read_headings(text, start)
     if not title:
@@ -68,7 +72,7 @@ def _read_headings(text: str, start: int) -> list[Heading]:
         if fence:
             continue
         if match := _ATX.match(line):
-            if title := clean_title(match[2] or ""):
+            if title := clean_title(_CLOSING_HASHES.sub("", (match[2] or "").rstrip(" \t"))):
                 headings.append(Heading(len(match[1]), title, position))
             previous = None
         elif previous and (match := _SETEXT.match(line)):
@@ -86,7 +90,29 @@ def _read_headings(text: str, start: int) -> list[Heading]:
 
 def clean_title(title: str) -> str:
     """A heading as it is read: without links, emphasis and escapes."""
-    title = _TAG.sub("", _LINK.sub(r"\1", title))
-    for _ in range(2):  # "***bold italic***"
-        title = _EMPHASIS.sub(r"\2", title)
+    for _ in range(2):  # "[![picture](...)](...)", "***bold italic***"
+        title = _LINK.sub(r"\1", title)
+    title = _SUPERSCRIPT.sub(r"^\1", title)  # 10<sup>6</sup> is not 106
+    title = _TAG.sub("", title)
+    for _ in range(2):
+        title = _take_off_emphasis(title)
     return " ".join(_ESCAPE.sub(r"\1", title).split())
+
+
+def _take_off_emphasis(title: str) -> str:
+    """Without the marks around *words*; one that nothing closes stays. Each kind is looked for in vain once."""
+    kept: list[str] = []
+    copied = position = 0
+    unclosed: set[str] = set()
+    while opening := _MARK.search(title, position):
+        start = opening.start()
+        position = start + 1
+        for mark in ("**", "*") if opening[1] == "**" else (opening[1],):
+            if mark in unclosed:
+                continue
+            if closing := _CLOSING_MARKS[mark].search(title, start + len(mark) + 1):
+                kept += title[copied:start], title[start + len(mark) : closing.start()]
+                copied = position = closing.end()
+                break
+            unclosed.add(mark)
+    return "".join([*kept, title[copied:]])

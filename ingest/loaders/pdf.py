@@ -15,6 +15,7 @@ from typing import Any
 
 from ingest.builder import clean_line
 from ingest.layout import Gap, Line, Outline, PageText, lay_out
+from ingest.loaders.pdf_form import fill_in, read_fields
 from ingest.ocr import ADD_CHINESE, HOW_TO, Reading, find_tesseract
 from rag.document import Document
 from rag.errors import LoadError
@@ -46,7 +47,7 @@ class PdfLoader:
 
     media_type = "pdf"
     suffixes: tuple[str, ...] = (".pdf",)
-    version = 4
+    version = 5
 
     def load(self, file: Path, path: str) -> Document:
         import pypdfium2 as pdfium
@@ -63,10 +64,15 @@ class PdfLoader:
             pdf.close()
 
     def _read(self, pdf: Any, path: str) -> Document:
+        import pypdfium2 as pdfium
         import pypdfium2.raw as raw
 
         pages: list[PageText] = []
         health = _Health()
+        try:
+            pdf.init_forms()
+        except pdfium.PdfiumError:
+            health.is_form_unread = True
         for index in range(len(pdf)):
             pages.append(_read_page(pdf, index, health))
         if health.unreadable == len(pages):
@@ -100,6 +106,8 @@ class _Health:
         self.scanned: dict[str, list[int]] = {}  # by what became of them
         self.garbled: list[int] = []
         self.broken: list[int] = []
+        self.ticked: list[int] = []
+        self.is_form_unread = False
 
     @property
     def unreadable(self) -> int:
@@ -110,6 +118,9 @@ class _Health:
 
     def describe(self, total: int) -> list[str]:
         """One line for each kind of trouble."""
+        unread = ["what is filled in its form can't be read"] * self.is_form_unread
+        if self.ticked:
+            unread.append(f"which of its form's boxes are ticked is not read ({_ranges(self.ticked)})")
         said = [
             *((pages, f"scanned{outcome}") for outcome, pages in self.scanned.items()),
             (self.garbled, "garbled: the fonts don't say which characters they show"),
@@ -121,7 +132,7 @@ class _Health:
             f"({_ranges(pages)})"
             for pages, what in said
             if pages
-        ]
+        ] + unread
 
 
 def _ranges(pages: list[int]) -> str:
@@ -153,6 +164,12 @@ def _read_page(pdf: Any, index: int, health: _Health) -> PageText:
         lines, is_turned = _read_lines(textpage, width, height)
         if is_turned:
             width, height = height, width
+        filled: list[Line] = []
+        if pdf.formenv is not None:
+            fields = read_fields(page, textpage, pdf.formenv)
+            filled = fields.lines
+            if fields.num_ticked:
+                health.ticked.append(number)
         visible = sum(len(line.text.replace(" ", "")) for line in lines)
         share = _picture_share(page, width * height) if visible < _MAX_STAMP else 0.0
         if visible < _MIN_VISIBLE and share >= _SCAN_SHARE or share >= _WHOLE_SHARE:
@@ -163,13 +180,13 @@ def _read_page(pdf: Any, index: int, health: _Health) -> PageText:
                 width, height = page.get_size()
             if read > 2 * visible or visible < _MIN_VISIBLE:
                 health.add_scan(number, outcome)
-        elif not visible:
+        elif not visible and not filled:
             health.empty.append(number)
-        else:
+        elif visible:
             meaningless = sum(len(_MEANINGLESS.findall(line.text)) for line in lines)
             if meaningless >= _GARBLED_SHARE * visible:
                 health.garbled.append(number)
-        return PageText(number, width, height, lines)
+        return PageText(number, width, height, fill_in(lines, filled))
     finally:
         textpage.close()
         page.close()

@@ -35,18 +35,25 @@ class JsonLoader:
                 _add_record(builder, record)
             return builder.build(path, self.media_type)
         bad: list[int] = []
+        deep: list[int] = []
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
-                    record = json.loads(line)
+                    _add_record(builder, json.loads(line))
                 except ValueError:
                     bad.append(number)
-                else:
-                    _add_record(builder, record)
-        if bad and not builder.length:
+                except RecursionError:
+                    deep.append(number)
+        if bad and not deep and not builder.length:
             raise LoadError(f"no line of it is JSON (the first is line {bad[0]}).")
         if bad:
             builder.warnings.append(f"{len(bad)} lines are not JSON (the first is line {bad[0]})")
+        if deep and not builder.length:
+            raise LoadError("this JSON is nested too deeply to be read.")
+        if deep:
+            builder.warnings.append(
+                f"{len(deep)} lines are nested too deeply to be read (the first is line {deep[0]})"
+            )
         return builder.build(path, self.media_type)
 
 

@@ -12,6 +12,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ from ingest.loaders.text import read_text
 from rag.document import Document
 from rag.errors import LoadError
 
+_X = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
 _DELIMITERS = ",;\t|"
 _LONG_ROW = 120  # characters on average, from which a row is a section
 _MAX_TITLE = 80  # characters of a row's name
 _LETTERS = re.compile(r"[^\W\d_]{2,}|[\u3400-\u9fff]")
+_YEAR = re.compile(r"(?:19\d\d|20\d\d|2100)(?:[/-]\d{2,4})?")  # 2021, 2021/22, 2021-03
+_CHECKED_ROWS = 50  # below the names, when they look like years
 _NUMBER = re.compile(r"[-+(]?[\d.,:/%€$¥£ -]*\d[\d.,:/%€$¥£ )-]*")
 
 
@@ -33,7 +37,7 @@ class CsvLoader:
 
     media_type = "csv"
     suffixes: tuple[str, ...] = (".csv", ".tsv", ".tab")
-    version = 1
+    version = 2
 
     def load(self, file: Path, path: str) -> Document:
         text, warnings = read_text(file)
@@ -55,7 +59,7 @@ class XlsxLoader:
 
     media_type = "xlsx"
     suffixes: tuple[str, ...] = (".xlsx", ".xlsm")
-    version = 1
+    version = 2
 
     def load(self, file: Path, path: str) -> Document:
         check_zip(file, "an Excel workbook")
@@ -74,15 +78,43 @@ class XlsxLoader:
             for sheet in book.worksheets:
                 if sheet.sheet_state != "visible":
                     continue
-                rows = [[_show(value) for value in row] for row in sheet.iter_rows(values_only=True)]
-                if any(any(row) for row in rows):
+                rows = _read_rows(sheet)
+                if rows:
                     builder.add_heading(1, sheet.title)
                     add_records(builder, rows, level=2)
+                if empty := _count_uncomputed(book, sheet):
+                    builder.warnings.append(
+                        f"sheet {clean_line(sheet.title)}: {empty} formulas hold no computed value and are "
+                        "left out; open the workbook in a spreadsheet program and save it"
+                    )
         except Exception as error:  # a sheet is read only now, and may be damaged like the book
             raise LoadError(f"a sheet of it is damaged: {clean_line(str(error))}") from error
         title = clean_line(book.properties.title or "")
         book.close()
         return builder.build(path, self.media_type, title=title)
+
+
+def _read_rows(sheet: Any) -> list[list[str]]:
+    """The rows that hold something, all as wide as the widest of them."""
+    sheet.reset_dimensions()  # what a file says of its size may be wrong, and would cut its rows off
+    rows = [[_show(value) for value in row] for row in sheet.iter_rows(values_only=True)]
+    rows = [row for row in rows if any(row)]
+    width = max((index + 1 for row in rows for index, cell in enumerate(row) if cell), default=0)
+    return [row[:width] + [""] * (width - len(row)) for row in rows]
+
+
+def _count_uncomputed(book: Any, sheet: Any) -> int:
+    """Formulas whose value no program has stored. One that came out as "" is of the type "str"."""
+    from lxml import etree
+
+    count = 0
+    with book._archive.open(sheet._worksheet_path) as source:
+        for _, row in etree.iterparse(source, tag=f"{_X}row", resolve_entities=False, no_network=True):
+            for cell in row:
+                if cell.find(f"{_X}f") is not None and cell.get("t") != "str":
+                    count += not cell.findtext(f"{_X}v")
+            row.clear()
+    return count
 
 
 def _show(value: Any) -> str:
@@ -92,7 +124,8 @@ def _show(value: Any) -> str:
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))
     if isinstance(value, float):
-        return f"{value:.12g}"
+        shown = f"{value:.15g}"  # what a spreadsheet keeps: 0.1 + 0.2 is 0.3
+        return f"{Decimal(shown):f}" if 1e-15 < abs(value) < 1e15 else shown
     return str(value).removesuffix(" 00:00:00")
 
 
@@ -136,13 +169,34 @@ def add_records(builder: DocumentBuilder, rows: Iterable[Sequence[str]], *, leve
 
 
 def _is_header(cells: Sequence[Sequence[str]]) -> bool:
-    """Names are filled in, different, short, and no numbers."""
+    """Names are filled in, different, short, and no numbers, unless they are years in their order."""
     names = [name for name in cells[0] if name]
-    return (
-        len(names) >= max(1, len(cells[0]) - 1)
-        and len(set(names)) == len(names)
-        and all(len(name) <= 60 and not _NUMBER.fullmatch(name) for name in names)
+    if len(names) < max(1, len(cells[0]) - 1) or len(set(names)) < len(names):
+        return False
+    years = _year_columns(cells)
+    return all(
+        len(name) <= 60 and (index in years or not _NUMBER.fullmatch(name))
+        for index, name in enumerate(cells[0])
     )
+
+
+def _year_columns(cells: Sequence[Sequence[str]]) -> list[int]:
+    """The columns that years name: two or more, rising or falling, above numbers that aren't all years.
+
+    The first column must be one of words, or a table of names with two dates each would lose its first row.
+    """
+    first, *below = cells[: _CHECKED_ROWS + 1]
+    columns = [index for index, name in enumerate(first) if _YEAR.fullmatch(name)]
+    years = [first[index] for index in columns]
+    is_ordered = years in (sorted(years), sorted(years, reverse=True))
+    if len(years) < 2 or not is_ordered or 0 in columns or _NUMBER.fullmatch(first[0]):
+        return []
+    if not any(row[0] and not _NUMBER.fullmatch(row[0]) for row in below):
+        return []
+    values = [row[index] for row in below for index in columns if index < len(row) and row[index]]
+    num_numbers = sum(bool(_NUMBER.fullmatch(value)) for value in values)
+    are_all_years = all(_YEAR.fullmatch(value) for value in values)
+    return columns if num_numbers > 0.5 * len(values) and not are_all_years else []
 
 
 def _name_cells(row: Sequence[str], names: Sequence[str]) -> Iterator[str]:
