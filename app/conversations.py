@@ -120,8 +120,7 @@ class Conversation:
             lines += [shown, ""]
             for citation in turn.answer.citations if turn.answer else ():
                 page = f", p. {citation.page}" if citation.page is not None else ""
-                quote = one_line(citation.quote)
-                lines.append(f"- [{citation.marker}] {_plain(citation.path)}{page}: “{quote}”")
+                lines.append(f"- [{citation.marker}] {_plain(citation.path)}{page}: “{_plain(citation.quote)}”")
             if turn.answer and turn.answer.citations:
                 lines.append("")
         return "\n".join(lines).rstrip() + "\n"

@@ -18,11 +18,10 @@ from app.uploads import (
     MAX_FILES,
     MAX_MEGABYTES,
     MAX_TOTAL_MEGABYTES,
-    check_upload,
+    UploadBatch,
     common_suffixes,
     delete_uploads,
     sanitise_name,
-    store_upload,
     upload_folder,
     uploaded_names,
 )
@@ -246,15 +245,15 @@ def _take(given: Sequence[Any]) -> None:
     """Store what may be stored, and read it in the background."""
     settings = session.settings()
     folder = upload_folder(settings.kb)
+    batch = UploadBatch(folder)
     rejected: list[tuple[str, str]] = []
     for upload in given:
-        data = upload.getvalue()
-        rejection = check_upload(upload.name, data)
+        try:
+            rejection = batch.take(upload.name, upload.getvalue())
+        except RagError as error:
+            rejected.append((upload.name, str(error)))
+            continue
         if rejection is None:
-            try:
-                store_upload(folder, upload.name, data)
-            except RagError as error:
-                rejected.append((upload.name, str(error)))
             continue
         values = (
             {"size": f"{rejection.megabytes:.0f}", "limit": MAX_MEGABYTES}

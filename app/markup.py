@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from app.conversations import ENDED, Turn
 from app.texts import InterfaceLanguage, number, text
 from rag.answer import Answer, Citation, Disagreement, GenerationStats, Hit
+from rag.citations import Marker, find_markers
 from rag.filter import Filter
 from rag.sentences import one_line
 
-_MARKER = re.compile(r"\[(\d{1,3})\]")
+_AT_LINE_END = re.compile(r" *\[(\d{1,3})\]$", re.MULTILINE)
 _AROUND = 200  # characters of the document shown before and after a passage
 _BEFORE_CITED, _AFTER_CITED = 180, 620  # of a long passage, what is shown around its citations
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]")
@@ -52,7 +53,7 @@ def answer_html(turn: Turn, language: InterfaceLanguage) -> str:
         notice = _notice("failed", text(language, "failed"), escape(message))
         return f'<div class="lr-answer" data-kind="failed">{notice}</div>'
     if answer is None:
-        body = f'<div class="lr-text">{_with_markers(turn.text, {}, "")}</div>' if turn.text else ""
+        body = f'<div class="lr-text">{_written(turn)}</div>' if turn.text else ""
         if turn.state == "stopped":
             body += _notice("stopped", text(language, "stopped"), text(language, "stopped_note"))
         return f'<div class="lr-answer" data-kind="{turn.state}">{body}</div>'
@@ -76,7 +77,7 @@ def _disagreement(each: Disagreement, answer: Answer, turn_id: str, language: In
     """What two places say differently, each with its source."""
     quotes = _quotes(answer)
     lines = "".join(
-        f"<span>{said} {_with_markers(f'[{citation.marker}]', quotes, turn_id)}</span>"
+        f"<span>{said} {_chip(citation.marker, quotes, turn_id)}</span>"
         for citation, words in ((each.first, each.first_words), (each.second, each.second_words))
         for said in [text(
             language, "disagree_line", words=escape(one_line(words)), path=escape(citation.path)
@@ -168,8 +169,7 @@ def live_html(turn: Turn, language: InterfaceLanguage, *, num_before: int) -> st
         stage = text(language, "writing" if state in ENDED else state, count=len(turn.hits))
     body = ""
     if turn.text:
-        shown = _with_markers(turn.text, {}, "")
-        body = f'<div class="lr-text">{shown}<span class="lr-caret"></span></div>'
+        body = f'<div class="lr-text">{_written(turn)}<span class="lr-caret"></span></div>'
     return (
         f'<div class="lr-answer" data-kind="live" aria-live="polite">'
         f'<div class="lr-stage"><span class="lr-pulse"></span>{stage}</div>{body}</div>'
@@ -187,6 +187,7 @@ def notice_html(title: str, body: str, *, kind: str = "failed") -> str:
 
 def _answer_text(answer: Answer, turn_id: str) -> str:
     """The answer with unsupported sentences marked and `[n]` leading to its source."""
+    markers = _markers(answer.text, answer.hits, is_quoted=answer.kind == "quoted")
     quotes = _quotes(answer)
     spans: list[tuple[int, int]] = []
     for sentence in answer.unsupported:
@@ -198,32 +199,52 @@ def _answer_text(answer: Answer, turn_id: str) -> str:
     for start, end in sorted(spans):
         if start < last:
             continue
-        pieces.append(_with_markers(answer.text[last:start], quotes, turn_id))
-        inner = _with_markers(answer.text[start:end], quotes, turn_id)
+        pieces.append(_with_markers(answer.text, markers, quotes, turn_id, last, start))
+        inner = _with_markers(answer.text, markers, quotes, turn_id, start, end)
         pieces.append(f'<span class="lr-unsupported">{inner}</span>')
         last = end
-    pieces.append(_with_markers(answer.text[last:], quotes, turn_id))
+    pieces.append(_with_markers(answer.text, markers, quotes, turn_id, last))
     return "".join(pieces)
 
 
-def _with_markers(value: str, quotes: dict[int, list[Citation]], turn_id: str) -> str:
-    """Escaped text with each `[n]` as a chip; it leads to the source where n is a citation."""
+def _written(turn: Turn) -> str:
+    """What a model has written so far, its markers leading nowhere yet."""
+    return _with_markers(turn.text, _markers(turn.text, turn.hits, is_quoted=False), {}, "")
+
+
+def _markers(value: str, hits: Sequence[Hit], *, is_quoted: bool) -> list[Marker]:
+    """The markers of an answer. A quotation has one at the end of each line; what else it has in brackets
+    is its source's."""
+    if is_quoted:
+        return [Marker(match.start(), match.end(), (int(match[1]),)) for match in _AT_LINE_END.finditer(value)]
+    return find_markers(value, len(hits), [hit.chunk.text for hit in hits])
+
+
+def _with_markers(
+    value: str, markers: Sequence[Marker], quotes: dict[int, list[Citation]], turn_id: str, begin: int = 0,
+    end: int | None = None,
+) -> str:
+    """Text [begin, end) escaped, with its markers as chips."""
+    end = len(value) if end is None else end
     pieces: list[str] = []
-    last = 0
-    for match in _MARKER.finditer(value):
-        pieces.append(escape(value[last : match.start()].rstrip(" ")))
-        marker = int(match.group(1))
-        if marker in quotes:
-            tip = "\n".join(one_line(citation.quote) for citation in quotes[marker])
-            pieces.append(
-                f'<a class="lr-chip" href="#{source_id(turn_id, marker)}" '
-                f'title="{escape(tip[:600])}">{marker}</a>'
-            )
-        else:
-            pieces.append(f'<span class="lr-chip lr-chip-plain">{marker}</span>')
-        last = match.end()
-    pieces.append(escape(value[last:]))
+    for marker in markers:
+        if begin <= marker.start and marker.end <= end:
+            pieces.append(escape(value[begin : marker.start]))
+            pieces += [_chip(number, quotes, turn_id) for number in marker.numbers]
+            begin = marker.end
+    pieces.append(escape(value[begin:end]))
     return "".join(pieces)
+
+
+def _chip(marker: int, quotes: dict[int, list[Citation]], turn_id: str) -> str:
+    """The number of a passage; it leads to the source where it is a citation."""
+    if marker not in quotes:
+        return f'<span class="lr-chip lr-chip-plain">{marker}</span>'
+    tip = "\n".join(one_line(citation.quote) for citation in quotes[marker])
+    return (
+        f'<a class="lr-chip" href="#{source_id(turn_id, marker)}" '
+        f'title="{escape(tip[:600])}">{marker}</a>'
+    )
 
 
 def source_id(turn_id: str, marker: int) -> str:

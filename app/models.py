@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 
 from rag.confidence import Calibration
 from rag.embedder import Embedder, load_embedder
-from rag.knowledge import DATABASE
 from rag.pipeline import Rag
 from rag.settings import Settings
-from rag.store import Store, open_store
+from rag.store import Store, open_store, store_identity
 
 if TYPE_CHECKING:
     from rag.generator import Generator
@@ -47,7 +46,7 @@ class ModelStore:
 
     def base(self, settings: Settings) -> Store:
         """The knowledge base that the settings name. Raises KnowledgeBaseError where there is none."""
-        key = _identity(settings)
+        key = store_identity(settings)
         with self._lock:
             if key not in self._bases:
                 self._bases[key] = open_store(settings)
@@ -63,7 +62,7 @@ class ModelStore:
 
     def searcher(self, settings: Settings) -> Rag:
         """For retrieval: no language model is loaded for it."""
-        key = (settings, _identity(settings)[1])
+        key = (settings, store_identity(settings)[1])
         with self._lock:
             if key not in self._rags:
                 base = self.base(settings)
@@ -126,14 +125,3 @@ class ModelStore:
 
 def _generator_key(settings: Settings) -> tuple[str, str, str, str]:
     return (settings.generator, settings.adapter, settings.device, settings.dtype)
-
-
-def _identity(settings: Settings) -> tuple[str, int]:
-    """The base's place and its file's number: a base made anew in the same place is another one."""
-    if settings.store != "embedded":
-        return f"{settings.milvus_uri} {settings.kb}", 0
-    folder = str(Path(settings.kb).resolve())
-    try:
-        return folder, (Path(settings.kb) / DATABASE).stat().st_ino
-    except OSError:
-        return folder, 0

@@ -12,6 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from rag.errors import LoadError
+
 _SCALE = 1.8  # pixels a point: sharp on a screen, some 200 kB a page
 _MARK = (250, 204, 64)
 _LEAST_FOUND = 0.7  # of a quote's characters, in one stretch or a few
@@ -50,8 +52,16 @@ def _draw(file: Path, changed: int, page_number: int, quotes: tuple[str, ...]) -
 
 
 def draw_page(file: Path, page_number: int, quotes: tuple[str, ...]) -> PagePicture:
-    """A page (1-based) with the quotes marked that stand on it."""
-    return _draw(file, file.stat().st_mtime_ns, page_number, quotes)
+    """A page (1-based) with the quotes marked that stand on it.
+
+    Raises LoadError where the file has no such page, or is no PDF any more.
+    """
+    import pypdfium2
+
+    try:
+        return _draw(file, file.stat().st_mtime_ns, page_number, quotes)
+    except (pypdfium2.PdfiumError, IndexError, OSError) as error:
+        raise LoadError(f"page {page_number} of {file.name} can't be drawn: {error}") from error
 
 
 def _mark(image: Any, boxes: Sequence[Box], width: float, height: float) -> Any:

@@ -18,7 +18,7 @@ from app.session import say
 from app.texts import LANGUAGES, number
 from rag.background import Background
 from rag.errors import RagError
-from rag.filter import Filter
+from rag.filter import EVERYTHING, Filter
 from rag.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ def _show_filter() -> None:
         return  # the page itself says what is missing and what to do
     files = {path: record for path, record in base.files().items() if record.status == "ok"}
     if len(files) < 2:
+        _ask_of(EVERYTHING)  # what was chosen before the others went could not be lifted any more
         return
     days = sorted(date.fromtimestamp(record.modified) for record in files.values() if record.modified is not None)
     name = f"{settings.kb} {settings.milvus_uri}"  # other choices for another base
@@ -113,10 +114,16 @@ def _show_filter() -> None:
             chosen = Filter(folders, globs, types, since, until)
             count = len(base.matching(chosen))
         except RagError as error:
-            st.html(notice_html(say("scope"), str(error)))
+            said = "\n".join((str(error), say("scope_not_used")))
+            st.html(notice_html(say("scope"), said))
+            _ask_of(EVERYTHING)
             return
         line = say("scope_count", count=number(count), total=number(len(files)))
         st.html(f'<div class="lr-muted">{escape(line)}</div>')
+    _ask_of(chosen)
+
+
+def _ask_of(chosen: Filter) -> None:
     if chosen != session.where():
         st.session_state["where"] = chosen
         st.rerun()

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import streamlit as st
 
 from app.markup import escape, mark_html, notice_html, segments
-from app.page_pictures import draw_page
+from app.page_pictures import PagePicture, draw_page
 from app.session import language, say
 from app.syncing import find_file
 from app.texts import InterfaceLanguage, text
 from rag.answer import Answer
-from rag.errors import RagError
+from rag.document import Document
+from rag.errors import LoadError, RagError
 from rag.store import Store
 
 _MAX_PLACES = 4  # buttons under an answer
@@ -71,11 +73,14 @@ def show(base: Store, place: Place) -> None:
         )
         if not is_current:
             st.html(notice_html(say("sources"), say("changed_since"), kind="info"))
-        if document.media_type == "pdf" and file is not None and is_current:
-            _show_pages(file, place, base)
-        else:
-            if document.media_type == "pdf" and file is None:
+        pictures: list[tuple[int, PagePicture]] = []
+        if document.media_type == "pdf" and is_current:
+            pictures = _draw_pages(file, place, document)
+            if not pictures:
                 st.html(notice_html(say("page_picture"), say("page_missing"), kind="info"))
+        if pictures:
+            _show_pages(pictures)
+        else:
             _show_text(document.text, place if is_current else None)
         if file is not None:
             st.download_button(
@@ -86,18 +91,25 @@ def show(base: Store, place: Place) -> None:
     _dialog()
 
 
-def _show_pages(file: Path, place: Place, base: Store) -> None:
-    """Each page that a cited span touches, once."""
-    document = base.document(place.path)
+def _draw_pages(file: Path | None, place: Place, document: Document) -> list[tuple[int, PagePicture]]:
+    """Each page that a cited span touches, once, with its number; none where the file no longer has them all."""
+    if file is None:
+        return []
     quotes: dict[int, list[str]] = {}
     for start, end in place.spans:
         for page in document.pages:
             low, high = max(start, page.start), min(end, page.end)
             if low < high and document.text[low:high].strip():
                 quotes.setdefault(page.number, []).append(document.text[low:high])
-    for number, wanted in sorted(quotes.items()):
-        picture = draw_page(file, number, tuple(wanted))
-        if len(quotes) > 1:
+    try:
+        return [(number, draw_page(file, number, tuple(wanted))) for number, wanted in sorted(quotes.items())]
+    except LoadError:
+        return []
+
+
+def _show_pages(pictures: Sequence[tuple[int, PagePicture]]) -> None:
+    for number, picture in pictures:
+        if len(pictures) > 1:
             st.html(f'<div class="lr-label">{text(language(), "page", number=number)}</div>')
         if not picture.num_found:
             st.html(f'<p class="lr-note">{say("page_unmarked")}</p>')

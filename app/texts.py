@@ -150,6 +150,7 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "scope_since": ("Changed on this day or later", "修改日期不早于"),
     "scope_until": ("Changed on this day or earlier", "修改日期不晚于"),
     "scope_count": ("{count} of {total} files are asked", "在 {total} 个文件中检索 {count} 个"),
+    "scope_not_used": ("Until this is set right, all files are asked.", "改正之前，仍检索全部文件。"),
     "scope_line": ("Only in: {parts}", "仅限：{parts}"),
     "scope_from_day": ("from {day}", "{day} 起"),
     "scope_to_day": ("to {day}", "{day} 止"),
@@ -240,6 +241,14 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "and_more": ("and {count} more", "另有 {count} 个"),
     "too_large": ("it has {size} MB, at most {limit} MB are taken", "大小 {size} MB，上限 {limit} MB"),
     "empty_file": ("it is empty", "文件是空的"),
+    "leftover": (
+        "it is what an editor leaves beside a file, not the file itself",
+        "这是编辑器留下的临时或备份文件，不是文件本身",
+    ),
+    "same_name": (
+        "another file of this name is among those just given; rename one of them",
+        "这次上传的文件里已有同名的，请给其中一个改名",
+    ),
     "wrong_type": ("no reader for this kind of file", "不支持这种文件"),
     "not_what_it_says": (
         "its content is not what its ending says",

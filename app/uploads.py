@@ -24,7 +24,10 @@ _ZIPPED = frozenset(
 )
 _RESERVED = re.compile(r"^(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$)", re.IGNORECASE)
 
-Reason = Literal["too_large", "empty_file", "wrong_type", "not_what_it_says"]
+# What editors leave beside a file: a copy of before, one not yet saved, a mark that it is open.
+_LEFTOVER = re.compile(r".*~|#.*#|~\$.*", re.DOTALL)
+
+Reason = Literal["too_large", "empty_file", "leftover", "same_name", "wrong_type", "not_what_it_says"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +66,11 @@ def sanitise_name(name: str) -> str:
         for sign in name
         if unicodedata.category(sign)[0] != "C"
     )
-    kept = re.sub(r"\s+", " ", kept).strip(". ~$#")
+    kept = re.sub(r"\s+", " ", kept).strip(". ").removeprefix("~$").strip(". ")
     stem, dot, suffix = kept.rpartition(".")
     if not dot:
         stem, suffix = kept, ""
-    if not stem or _RESERVED.match(kept):
+    if not stem.strip("~$# ") or _RESERVED.match(kept):
         stem = f"file {stem}".strip()
     limit = _MAX_NAME_BYTES - len(suffix.encode()) - 1
     stem = stem.encode()[: max(1, limit)].decode(errors="ignore").rstrip(". ")
@@ -91,6 +94,9 @@ def check_upload(name: str, data: bytes) -> Rejection | None:
         return Rejection(name, "too_large", megabytes)
     if not data:
         return Rejection(name, "empty_file")
+    # As it was given: without its signs a leftover would have the name of the file itself, and replace it.
+    if _LEFTOVER.fullmatch(name.replace("\\", "/").rsplit("/", 1)[-1].strip()):
+        return Rejection(name, "leftover")
     clean = sanitise_name(name)
     if find_loader(clean) is None:
         return Rejection(name, "wrong_type")
@@ -103,6 +109,32 @@ def check_upload(name: str, data: bytes) -> Rejection | None:
         is_utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
         is_right = is_utf16 or b"\x00" not in data[:65536]
     return None if is_right else Rejection(name, "not_what_it_says")
+
+
+class UploadBatch:
+    """Files that are given together. One of an earlier batch is replaced, one of the same batch never is."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stored: set[tuple[int, int]] = set()  # by number: some systems take A.md and a.md for one file
+
+    def take(self, name: str, data: bytes) -> Rejection | None:
+        """Store a file, or say why it is not taken. Raises InputError as `store_upload` does."""
+        rejection = check_upload(name, data)
+        if rejection is None and _numbers(self._folder / sanitise_path(name)) & self._stored:
+            rejection = Rejection(name, "same_name")
+        if rejection is None:
+            self._stored |= _numbers(store_upload(self._folder, name, data))
+        return rejection
+
+
+def _numbers(file: Path) -> set[tuple[int, int]]:
+    """The file's number on its disk; empty where it is not there."""
+    try:
+        found = file.lstat()
+    except OSError:
+        return set()
+    return {(found.st_dev, found.st_ino)}
 
 
 def store_upload(folder: Path, name: str, data: bytes) -> Path:

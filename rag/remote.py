@@ -18,7 +18,7 @@ from collections.abc import Generator as PyGenerator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from rag.engine.interface import Sampling
 from rag.errors import GeneratorError
@@ -36,6 +36,7 @@ _MESSAGE_TOKENS = 8  # what a chat template puts around a message, generously
 # What openai's client runs into where a list of models is something else altogether.
 _NO_LIST = (ValueError, AttributeError, TypeError, KeyError)
 _OF_LOGPROBS = re.compile(r"log[\s_-]?prob", re.IGNORECASE)
+_NOT_IN_ADDRESS = re.compile(r"[\s\x00-\x1f\x7f]")
 _LETTERS = re.compile(r"[A-Za-z ]+")
 
 
@@ -50,8 +51,8 @@ class RemoteAddress:
     def parse(cls, generator: str) -> RemoteAddress:
         """From `openai:http://host:8000/v1#model`. Raises GeneratorError for another form."""
         url, _, model = generator.removeprefix(PREFIX).partition("#")
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        parts = _split(url)
+        if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
             raise GeneratorError(
                 f"{_without_userinfo(generator)!r} names no server. Its form is "
                 "openai:http://host:8000/v1#model."
@@ -62,6 +63,16 @@ class RemoteAddress:
                 f"Put it into the environment variable {KEY_VARIABLE}."
             )
         return cls(url.rstrip("/"), model)
+
+
+def _split(url: str) -> SplitResult | None:
+    """The parts of an address; None where it is none, as with a port that is no number from 0 to 65535."""
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018  is read only now
+    except ValueError:
+        return None
+    return None if _NOT_IN_ADDRESS.search(url) else parts
 
 
 def _without_userinfo(text: str) -> str:
@@ -329,18 +340,22 @@ class RemoteGenerator(Generator):
         self, prompt: Prompt, written: _Written, reason: Literal["stop", "length", "cancelled"]
     ) -> GenerationResult:
         now, usage = time.perf_counter(), written.usage
-        details = usage.prompt_tokens_details if usage else None
-        new = usage.completion_tokens if usage else len(written.logprobs) or estimate_tokens(written.text)
+        asked, new = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+        is_estimated = asked is None or new is None
+        if asked is None:
+            asked = self.count_tokens(prompt)
+        if new is None:
+            new = len(written.logprobs) or estimate_tokens(written.text)
         decoding = now - written.first if written.first is not None else 0.0
         return GenerationResult(
             text=written.text, token_ids=(), token_logprobs=tuple(written.logprobs),
             finish_reason=reason,
-            prompt_tokens=usage.prompt_tokens if usage else self.count_tokens(prompt),
-            reused_tokens=(details.cached_tokens or 0) if details else 0,
+            prompt_tokens=asked,
+            reused_tokens=_count(getattr(usage, "prompt_tokens_details", None), "cached_tokens") or 0,
             new_tokens=new,
             seconds_to_first_token=(written.first or now) - written.began,
             tokens_per_second=(new - 1) / decoding if new > 1 and decoding > 0 else 0.0,
-            counts_estimated=usage is None,
+            counts_estimated=is_estimated,
         )
 
     def _error(self, error: Exception, written: _Written | None = None) -> GeneratorError:
@@ -444,14 +459,21 @@ async def _take(
         for choice in chunk.choices or ():
             content = choice.logprobs.content if choice.logprobs is not None else None
             written.logprobs += [token.logprob for token in content or ()]
-            thought = getattr(choice.delta, "reasoning_content", None) or getattr(choice.delta, "reasoning", None)
+            delta = getattr(choice, "delta", None)  # null or left out in the last chunk of some servers
+            thought = getattr(delta, "reasoning_content", None) or getattr(delta, "reasoning", None)
             written.thoughts += len(thought or "")
-            if choice.delta.content:
+            if piece := getattr(delta, "content", None):
                 if written.first is None:
                     written.first = time.perf_counter()
-                written.text += choice.delta.content
-                put(choice.delta.content)
+                written.text += piece
+                put(piece)
             written.finish = choice.finish_reason or written.finish
+
+
+def _count(usage: Any, name: str) -> int | None:
+    """A number of a server's usage; None where it gives none, as openai's client then has no such attribute."""
+    value = getattr(usage, name, None)
+    return value if isinstance(value, int) else None
 
 
 def _finish_reason(written: _Written, max_new_tokens: int) -> Literal["stop", "length"]:

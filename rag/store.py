@@ -90,6 +90,18 @@ def open_store(settings: Settings) -> Store:
     return MilvusStore.open(settings.milvus_uri, folder=settings.kb)
 
 
+def store_identity(settings: Settings) -> tuple[str, int]:
+    """The base's place and its file's number, 0 where there is none: a base made anew in the same place
+    is another one."""
+    if settings.store != "embedded":
+        return f"{settings.milvus_uri} {settings.kb}", 0
+    folder = str(Path(settings.kb).resolve())
+    try:
+        return folder, (Path(settings.kb) / DATABASE).stat().st_ino
+    except OSError:
+        return folder, 0
+
+
 def create_store(settings: Settings) -> Store:
     """`open_store`, made first where it is missing."""
     if settings.store == "embedded":

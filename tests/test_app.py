@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import threading
 import time
 from collections.abc import Iterator
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from app.access import PasswordGate
 from app.conversations import ConversationStore
 from app.jobs import Desk
 from app.models import ModelStore
+from app.source_view import places
 from app.syncing import SyncDesk
 from ingest import sync
 from rag.errors import GeneratorError
@@ -217,6 +219,81 @@ def test_a_filter_without_files_is_told_before_anything_is_asked(kb: Path, store
     page.sidebar.text_input(key=f"scope-name {kb} ").set_value("nothing*").run()
     assert "在 2 个文件中检索 0 个" in html(page)
     assert "none of the 2 files in this knowledge base is named nothing*" in html(ask(page, "会费是多少？"))
+
+
+def test_a_cited_pdf_that_broke_since_is_shown_as_the_text_that_was_read(
+    tmp_path: Path, store: ScriptedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The dialog ended in an error of the PDF library.
+    documents, kb = tmp_path / "documents", tmp_path / "kb"
+    documents.mkdir()
+    whole = (session.HANDBOOK / "en" / "08-prefill-decode-and-batching.pdf").read_bytes()
+    (documents / "a.pdf").write_bytes(whole)
+    sync([documents], kb=kb, settings=Settings(), embedder=WordEmbedder())  # type: ignore[arg-type]
+    monkeypatch.setenv("RAG_KB", str(kb))
+    store.scripted.texts = ["In chunked prefill a long prompt is processed in pieces [1]."]
+    page = open_page()
+    ask(page, "What is done in chunked prefill?")
+    turn = page.session_state["conversation"].turns[-1]
+    button = f"view-{turn.id}-{places(turn.answer)[0].key}"
+    page.button(key=button).click().run()
+    assert 'class="lr-document"' not in html(page)
+    (documents / "a.pdf").write_bytes(whole[:3000])
+    page.button(key=button).click().run()
+    shown = html(page)
+    assert "no longer where it was read from, or it has changed since" in shown
+    assert 'class="lr-document"' in shown and 'id="passage-1"' in shown
+
+
+def test_uploads_that_would_replace_one_another_are_refused_by_name(kb: Path, store: ScriptedStore) -> None:
+    page = AppTest.from_function(_knowledge_page, default_timeout=20).run()
+    given = [("rent.md", b"The rent is 1350 euros."), ("rent.md~", b"900 euros."), ("rent.md", b"The other flat.")]
+    page.get("file_uploader")[0].set_value([(name, data, "text/markdown") for name, data in given]).run()
+    page.button(key="add-files").click().run()
+    end = time.monotonic() + 20
+    while session.sync_desk().is_busy(str(kb)) and time.monotonic() < end:
+        time.sleep(0.02)
+    shown = html(page.run())
+    assert (kb / "uploads" / "rent.md").read_bytes() == given[0][1] and len(list((kb / "uploads").iterdir())) == 1
+    assert "Not taken: 2" in shown and "rent.md~: it is what an editor leaves beside a file" in shown
+    assert "rent.md: another file of this name is among those just given" in shown
+
+
+def _knowledge_page() -> None:
+    from app import knowledge_page
+
+    knowledge_page.show()
+
+
+def test_a_filter_is_lifted_when_one_file_is_left_and_nothing_to_choose(kb: Path, store: ScriptedStore) -> None:
+    # The choice went with its widgets, the filter stayed, and every question failed for good.
+    store.scripted.texts = ["The membership fee is 20 euros a year [1]."]
+    page = open_page()
+    page.sidebar.text_input(key=f"scope-name {kb} ").set_value("notes*").run()
+    documents = kb.parent / "documents"
+    (documents / "notes.md").unlink()
+    sync([documents], kb=kb, settings=Settings(), embedder=WordEmbedder())  # type: ignore[arg-type]
+    assert "Only in:" not in html(page.run())
+    shown = html(ask(page, "How much is the membership fee?"))
+    assert "fees.md" in shown and "Only in:" not in shown
+
+
+def test_days_between_which_none_lies_filter_nothing_and_say_so(kb: Path, store: ScriptedStore) -> None:
+    # The first day stayed in force under the notice that the two were wrong.
+    early, late = date(2024, 1, 5), date(2024, 3, 5)
+    for name, day in (("fees.md", early), ("notes.md", late)):
+        seconds = datetime(day.year, day.month, day.day, 12).timestamp()
+        os.utime(kb.parent / "documents" / name, (seconds, seconds))
+    sync([kb.parent / "documents"], kb=kb, settings=Settings(), embedder=WordEmbedder())  # type: ignore[arg-type]
+    page = open_page()
+    page.sidebar.date_input(key=f"scope_since {kb} ").set_value(late).run()
+    assert f"Only in: from {late}" in html(page)
+    page.sidebar.date_input(key=f"scope_until {kb} ").set_value(early).run()
+    shown = html(page)
+    assert "no day lies between them" in shown and "Until this is set right, all files are asked." in shown
+    assert "Only in:" not in shown
+    page.sidebar.date_input(key=f"scope_until {kb} ").set_value(late).run()
+    assert f"from {late}" in html(page) and "no day lies" not in html(page)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("milvus_lite"), reason="milvus-lite is not installed")

@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from app.markup import (
 )
 from app.page_pictures import _find_ranges, draw_page
 from app.uploads import (
+    UploadBatch,
     check_upload,
     delete_uploads,
     sanitise_name,
@@ -41,7 +43,7 @@ from app.uploads import (
 )
 from rag.answer import Answer, Citation, Disagreement, GenerationStats, Hit
 from rag.document import Chunk
-from rag.errors import GeneratorError, InputError
+from rag.errors import GeneratorError, InputError, LoadError
 from rag.filter import Filter
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)> ![p](http://evil.test/p.png) "\'>'
@@ -131,6 +133,28 @@ def test_a_chip_leads_to_the_exact_characters_that_are_cited() -> None:
 def test_a_marker_without_a_citation_leads_nowhere() -> None:
     html = answer_html(Turn("q", state="done", answer=make_answer("See [7].")), "en")
     assert "<a " not in html and ">7</span>" in html
+
+
+def chips(html: str) -> list[str]:
+    return re.findall(r'lr-chip[^>]*>(\d+)<', html)
+
+
+def test_only_the_marker_behind_a_quotation_is_a_chip() -> None:
+    # The source's own references were once links to passages that have nothing to do with them.
+    quote = "It was proposed in [2] and refined in [1]"
+    answer = make_answer(f"{quote} [1]\n{quote}. [1]", document=quote, kind="quoted")
+    html = answer_html(Turn("q", state="done", answer=answer), "en")
+    assert chips(html) == ["1", "1"] and html.count("proposed in [2] and refined in [1]") == 2
+
+
+def test_brackets_of_the_text_are_no_chips() -> None:
+    document = "The fee, proposed in [1], lies in [0, 1] and is fees[0]."
+    answer = make_answer("The fee, proposed in [1], lies in [0, 1] and is fees[0] [1]. See `a[1]`.", document=document)
+    for turn in (Turn("q", state="done", answer=answer), Turn("q", state="stopped", text=answer.text, hits=answer.hits)):
+        html = answer_html(turn, "en")
+        assert chips(html) == ["1"]
+        assert "proposed in [1], lies in [0, 1] and is fees[0]<" in html and "`a[1]`" in html
+    assert chips(live_html(Turn("q", state="writing", text="A fee [1, 2].", hits=answer.hits * 2), "en", num_before=0)) == ["1", "2"]
 
 
 def test_an_unsupported_sentence_is_marked_and_no_other() -> None:
@@ -271,6 +295,35 @@ def test_uploads_are_judged_by_their_content() -> None:
     assert ".pdf" in suffixes()
 
 
+@pytest.mark.parametrize("name", ["rent.md~", "#rent.md#", "~$rent.md", "notes/rent.md~", " ~$rent.md"])
+def test_what_an_editor_leaves_beside_a_file_never_replaces_it(tmp_path: Path, name: str) -> None:
+    # Without their signs these were all called rent.md, and the old text replaced the new one.
+    batch = UploadBatch(tmp_path)
+    assert batch.take("notes/rent.md", b"1350 euros") is None and batch.take("rent.md", b"1350 euros") is None
+    rejection = UploadBatch(tmp_path).take(name, b"900 euros")
+    assert rejection is not None and (rejection.name, rejection.reason) == (name, "leftover")
+    assert {(tmp_path / name).read_text() for name in uploaded_names(tmp_path)} == {"1350 euros"}
+
+
+def test_names_that_differ_only_in_a_first_sign_stay_two_files(tmp_path: Path) -> None:
+    for name in ("1 lease.md", "#1 lease.md", "~1 lease.md"):
+        assert UploadBatch(tmp_path).take(name, name.encode()) is None
+    assert uploaded_names(tmp_path) == ["#1 lease.md", "1 lease.md", "~1 lease.md"]
+    assert (sanitise_name("~"), sanitise_name("~$.profile")) == ("file ~", "profile")
+
+
+def test_of_two_files_of_one_name_given_together_the_second_is_refused(tmp_path: Path) -> None:
+    batch = UploadBatch(tmp_path)
+    assert batch.take("rent.md", b"1350 euros") is None
+    for name in ("rent.md", "./rent.md"):
+        rejection = batch.take(name, b"500 euros, the other flat")
+        assert rejection is not None and rejection.reason == "same_name"
+    assert batch.take("other/rent.md", b"500 euros, the other flat") is None
+    assert (tmp_path / "rent.md").read_text() == "1350 euros"
+    assert UploadBatch(tmp_path).take("rent.md", b"1400 euros") is None  # a later one is an update
+    assert (tmp_path / "rent.md").read_text() == "1400 euros"
+
+
 def test_an_upload_replaces_a_link_and_never_follows_it(tmp_path: Path) -> None:
     outside = tmp_path / "outside.txt"
     outside.write_text("mine")
@@ -370,6 +423,15 @@ def test_the_export_holds_questions_answers_and_sources() -> None:
         "# Fees \\*now\\*\n\n## What?\n\nThe fee is 20 euros [1].\n\n"
         "- [1] fees.md: “The fee is 20 euros.”\n"
     )
+
+
+def test_nothing_quoted_from_a_document_becomes_a_picture_or_html_in_the_export() -> None:
+    # Whoever opens the export must not fetch what a document names.
+    quote = "The fee\n![logo](http://evil.test/x.png) <img src=http://evil.test/y>"
+    answer = replace(make_answer(), citations=(Citation(1, "fees.md", None, 0, len(quote), quote),))
+    exported = Conversation(title="T", turns=[Turn("What?", state="done", answer=answer)]).to_markdown()
+    line = "“The fee \\!\\[logo\\](http://evil.test/x.png) \\<img src=http://evil.test/y\\>”"
+    assert exported.splitlines()[-1] == f"- [1] fees.md: {line}"
 
 
 def test_titles_are_short() -> None:
@@ -568,3 +630,14 @@ def test_a_passage_is_marked_on_its_page_and_on_no_other() -> None:
     assert marked.num_found == 1 and plain.num_found == 0
     assert marked.png[:8] == b"\x89PNG\r\n\x1a\n" and marked.png != plain.png
     assert draw_page(file, 3, (quote,)).num_found == 0
+
+
+@pytest.mark.parametrize("left", [b"%PDF-1.7 half", b"", None])
+def test_a_page_that_can_no_longer_be_drawn_is_said_to_be_so(tmp_path: Path, left: bytes | None) -> None:
+    file = tmp_path / "a.pdf"
+    file.write_bytes(next(KNOWLEDGE.glob("en/*.pdf")).read_bytes())
+    with pytest.raises(LoadError, match="page 99 of a.pdf"):  # it was longer when it was read
+        draw_page(file, 99, ())
+    file.unlink() if left is None else file.write_bytes(left)
+    with pytest.raises(LoadError, match="page 1 of a.pdf"):
+        draw_page(file, 1, ())

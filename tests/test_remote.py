@@ -211,6 +211,30 @@ def test_without_usage_counts_are_called_an_estimate(odd):
     assert (result.counts_estimated, result.new_tokens, result.prompt_tokens) == (True, 6, 8 + 1 + 8)
 
 
+@pytest.mark.parametrize(
+    ("usage", "prompt", "new"),
+    [
+        ({}, 17, 6), ({"prompt_tokens": 5, "total_tokens": 7}, 5, 6),
+        ({"prompt_tokens": None, "completion_tokens": 2}, 17, 2),
+    ],
+)
+def test_what_a_servers_usage_leaves_out_is_estimated_and_the_answer_kept(odd, usage, prompt, new):
+    # The counts missing lost an answer that was complete.
+    parts = [said("Every "), said("October."), said(finish="stop", usage=usage), "data: [DONE]\n\n"]
+    _, result = drain(RemoteGenerator(odd((200, {}, parts)).address).stream(ASKED, max_new_tokens=20))
+    assert (result.text, result.counts_estimated) == ("Every October.", True)
+    assert (result.prompt_tokens, result.new_tokens, result.reused_tokens) == (prompt, new, 0)
+
+
+@pytest.mark.parametrize("last", [{"delta": None, "finish_reason": "stop"}, {"finish_reason": "stop"}])
+def test_a_last_chunk_without_a_piece_ends_the_answer(odd, last):
+    choices = [{"index": 0, **last}]
+    chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": choices}
+    parts = [said("Every October."), f"data: {json.dumps(chunk)}\n\n", "data: [DONE]\n\n"]
+    _, result = drain(RemoteGenerator(odd((200, {}, parts)).address).stream(ASKED, max_new_tokens=20))
+    assert (result.text, result.finish_reason) == ("Every October.", "stop")
+
+
 def test_a_server_that_gives_no_logprobs_is_asked_without_and_said_to(odd):
     refusal = (400, {}, [json.dumps({"error": {"message": "logprobs is not supported"}})])
     server = odd(refusal, WHOLE, WHOLE)
@@ -281,7 +305,15 @@ def test_a_server_that_is_not_there_is_named(tmp_path: Path):
         find_model("openai:http://127.0.0.1:9/v1#m")
 
 
-@pytest.mark.parametrize("name", ["openai:m", "openai:ftp://host/v1#m", "openai:http://me:sesame@host/v1#m"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "openai:m", "openai:ftp://host/v1#m", "openai:http://me:sesame@host/v1#m",
+        # addresses that urlsplit or the client meet with errors of their own
+        "openai:http://localhost:80a/v1#m", "openai:http://me:sesame@[::1/v1#m", "openai:http://127.0.0.1:99999/v1#m",
+        "openai:http://ho st/v1#m", "openai:http://ho\x00st/v1#m",
+    ],
+)
 def test_an_address_of_another_form_is_refused_and_no_key_in_it_shown(name):
     with pytest.raises(GeneratorError) as raised:
         RemoteAddress.parse(name)

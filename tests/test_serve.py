@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ for _package in ("fastapi", "uvicorn", "prometheus_client", "openai"):
 
 import httpx2
 import openai
+from fakes import WordEmbedder, base_of
 from serving import (
     KEY,
     OTHER_KEY,
@@ -42,6 +44,9 @@ from rag.serve import ServeOptions
 from rag.serve.admission import Admission, TurnedAway
 from rag.serve.keys import Keys, RateLimit
 from rag.serve.server import read_keys
+
+CHAT = "/v1/chat/completions"
+JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +143,8 @@ def test_earlier_turns_are_history_and_the_model_by_itself_reads_messages_as_the
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
         ({"messages": [{"role": "user", "content": "  "}]}, 400, "empty"),
         ({"logprobs": True}, 400, "logprobs"),
+        ({"seed": 2**63}, 400, "seed"),
+        ({"extra_body": {"top_k": 2_000_000}}, 400, "top_k"),
     ],
 )
 def test_what_cannot_be_done_as_asked_is_refused_with_its_reason(start, change, status, said):
@@ -146,6 +153,35 @@ def test_what_cannot_be_done_as_asked_is_refused_with_its_reason(start, change, 
         with pytest.raises(openai.APIStatusError) as raised:
             ask(client, stream=stream, **change)
         assert raised.value.status_code == status and said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "place"),
+    [
+        ("/v1/answers", '{"question": "\\ud800 When?"}', "question"),
+        ("/v1/answers", '{"question": "When?", "where": {"under": "\\ud800"}}', "where.under"),
+        ("/v1/answers", '{"question": "x", "history": [{"question": "a", "answer": "\\ud800"}]}', "history.0.answer"),
+        (CHAT, '{"model": "documents", "messages": [{"role": "user", "content": "\\ud800"}]}', "content"),
+        (CHAT, '{"model": "scripted", "stop": "\\ud800", "messages": [{"role": "user", "content": "x"}]}', "stop"),
+    ],
+)
+def test_half_a_character_is_refused_where_it_stands(start, path, body, place):
+    # JSON can say half of a surrogate pair; nothing behind the request can write it down.
+    reply = httpx2.post(start(EndlessGenerator()).url + path, content=body, headers=JSON)
+    message = reply.json()["error"]["message"]
+    assert reply.status_code == 400 and place in message and "\\ud800, which is half a character" in message
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/answers", '{"question": "When?", "\\ud800": 1}', 400),
+        (CHAT, '{"model": "m\\udc00", "messages": [{"role": "user", "content": "x"}]}', 404),
+    ],
+)
+def test_an_error_can_be_sent_back_whatever_it_names(start, path, body, status):
+    reply = httpx2.post(start(EndlessGenerator()).url + path, content=body, headers=JSON)
+    assert reply.status_code == status and reply.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -177,6 +213,42 @@ def test_what_breaks_inside_shows_in_the_log_and_not_to_the_client(start, caplog
     with pytest.raises(openai.InternalServerError, match="its log says why") as whole:
         ask(client)
     assert "/srv" not in str(raised.value) + str(whole.value) and "/srv/models" in caplog.text
+
+
+# the base it answers from
+
+
+def test_a_base_that_is_deleted_is_said_to_be_gone_and_one_made_anew_is_taken_up(start, tmp_path, caplog):
+    # It went on quoting files that had been deleted, from the database it once opened.
+    server, folder = start(EndlessGenerator()), tmp_path / "kb"
+
+    def health():
+        reply = httpx2.get(f"{server.url}/health")
+        return reply.status_code, reply.json()["status"]
+
+    def post():
+        return httpx2.post(f"{server.url}/v1/answers", json={"question": QUESTION})
+
+    assert post().json()["citations"][0]["path"] == "boiler.txt" and health() == (200, "ok")
+    shutil.rmtree(folder)
+    gone = post()
+    assert gone.status_code == 503 and "python -m ingest" in gone.json()["error"]["message"]
+    assert str(folder) not in gone.text and str(folder) in caplog.text
+    with pytest.raises(openai.InternalServerError, match="python -m ingest"):
+        ask(server.client())
+    assert health() == (503, "no knowledge base") and not folder.exists()
+
+    base_of(folder, {"house/cellar.txt": TEXT})
+    assert post().json()["citations"][0]["path"] == "house/cellar.txt" and health() == (200, "ok")
+    assert ask(server.client()).answer["citations"][0]["path"] == "house/cellar.txt"
+
+
+def test_a_base_made_anew_with_another_embedder_is_not_answered_from(start, tmp_path):
+    server, folder = start(EndlessGenerator()), tmp_path / "kb"
+    shutil.rmtree(folder)
+    base_of(folder, {"boiler.txt": TEXT}, WordEmbedder("other"))
+    assert httpx2.post(f"{server.url}/v1/answers", json={"question": QUESTION}).status_code == 503
+    assert httpx2.get(f"{server.url}/health").status_code == 503
 
 
 # who may ask

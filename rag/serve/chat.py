@@ -10,9 +10,10 @@ import time
 import uuid
 from collections.abc import Sequence
 from datetime import date
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from rag.errors import InputError
 from rag.filter import Filter
@@ -21,18 +22,33 @@ from rag.prompt import Message
 DOCUMENTS = "documents"  # the model that answers from the knowledge base
 
 
+def _whole(text: str) -> str:
+    """The text, unless it holds half a character: JSON can say one (\\ud800), but no file or model can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError(
+            "half_a_character", "the text holds {escape}, which is half a character. Send both halves, or none.",
+            {"escape": f"\\u{ord(text[error.start]):04x}"},
+        ) from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+
+
 class Part(BaseModel):
     """A piece of a message's content; only text is read."""
 
     model_config = ConfigDict(extra="forbid")
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="forbid")
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Text | list[Part]
     name: str | None = None  # read by nothing here, as by most models
     refusal: None = None
 
@@ -65,10 +81,10 @@ class ChatRequest(BaseModel):
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=5)
     top_p: float | None = Field(None, ge=0.01, le=1)
-    top_k: int | None = Field(None, ge=0)  # these two are what vLLM and SGLang call them
+    top_k: int | None = Field(None, ge=0, le=1_000_000)  # these two are what vLLM and SGLang call them
     repetition_penalty: float | None = Field(None, ge=0.1, le=10)
-    seed: int | None = Field(None, ge=0)
-    stop: str | list[str] | None = None
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    stop: Text | list[Text] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     # only as much of these as is kept
@@ -115,17 +131,17 @@ class ChatRequest(BaseModel):
 
 class Turn(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    question: str
-    answer: str
+    question: Text
+    answer: Text
 
 
 class Where(BaseModel):
     """Which files are asked: any value of each condition, and every condition, as in rag.filter.Filter."""
 
     model_config = ConfigDict(extra="forbid")
-    under: str | list[str] = Field(default_factory=list)
-    file: str | list[str] = Field(default_factory=list)
-    type: str | list[str] = Field(default_factory=list)
+    under: Text | list[Text] = Field(default_factory=list)
+    file: Text | list[Text] = Field(default_factory=list)
+    type: Text | list[Text] = Field(default_factory=list)
     since: date | None = None
     until: date | None = None
 
@@ -138,7 +154,7 @@ class AnswerRequest(BaseModel):
     """`POST /v1/answers`. `history` holds earlier turns, oldest first."""
 
     model_config = ConfigDict(extra="forbid")
-    question: str
+    question: Text
     history: list[Turn] = Field(default_factory=list)
     top_k: int | None = Field(None, ge=1, le=50)
     where: Where = Field(default_factory=Where)

@@ -42,7 +42,9 @@ class _HungUp(Exception):
 
 
 def error_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
+    """An error as OpenAI's clients read it. What a client sent may stand in the message, and need not be
+    text that can be sent back."""
+    message = message.encode(errors="replace").decode()
     kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status)
     kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import logging
 import time
@@ -19,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from rag.answer import Answer
-from rag.errors import InputError, PromptError, RagError
+from rag.errors import InputError, KnowledgeBaseError, PromptError, RagError
 from rag.pipeline import Rag
 from rag.prompt import Prompt
 from rag.serve.admission import Admission, TurnedAway
@@ -33,6 +34,7 @@ from rag.serve.chat import (
     logprobs_of,
     usage_of,
 )
+from rag.serve.current import CurrentRag
 from rag.serve.gate import error_body
 from rag.serve.job import Job
 from rag.serve.metrics import Metrics
@@ -42,6 +44,10 @@ if TYPE_CHECKING:
     from rag.generator import GenerationResult
 
 _log = logging.getLogger("rag.serve")
+_NO_BASE = (
+    "the server's knowledge base is gone or can't be used; its log says why. Build it again with "
+    "python -m ingest: this server then takes it up by itself."
+)
 _BROKEN = "the server has failed over this request; its log says why."
 
 
@@ -69,7 +75,8 @@ class Service:
     def __init__(
         self, rag: Rag, *, admission: Admission, executor: Executor, metrics: Metrics
     ) -> None:
-        self.rag = rag
+        self.rag = rag  # its models and settings; its base may be gone
+        self._current = CurrentRag(rag)
         self._admission = admission
         self._executor = executor
         self._metrics = metrics
@@ -78,6 +85,14 @@ class Service:
         self._model = Path(rag.generator.name.rpartition("#")[2]).name
 
     # what there is
+
+    def has_base(self) -> bool:
+        """Whether the knowledge base is there and can be used."""
+        try:
+            self._current.get()
+        except RagError:
+            return False
+        return True
 
     def models(self) -> dict[str, Any]:
         """The documents, and the bare model; but the reader can only answer from passages."""
@@ -92,10 +107,13 @@ class Service:
 
     async def answer(self, asked: AnswerRequest, request: Request) -> Response:
         history = [(turn.question, turn.answer) for turn in asked.history]
-        rag, where = _with(self.rag, top_k=asked.top_k), asked.where.chosen()
-        pieces = await self._begin(
-            lambda stop: rag.stream(asked.question, history=history, where=where, stop=stop), request
-        )
+        where = asked.where.chosen()
+
+        def work(stop: Stop) -> Iterator[Any]:
+            rag = _with(self._current.get(), top_k=asked.top_k)
+            return rag.stream(asked.question, history=history, where=where, stop=stop)
+
+        pieces = await self._begin(work, request)
         if asked.stream:
             return Events(self._guarded(self._answer_events(pieces)))
         answer = await self._last(pieces)
@@ -122,10 +140,12 @@ class Service:
         if asked.stops() or asked.logprobs or asked.top_logprobs:
             raise InputError(f"the model {DOCUMENTS!r} takes neither stop nor logprobs.")
         question, history = asked.conversation()
-        rag = self._chosen(asked)
-        pieces = await self._begin(
-            lambda stop: rag.stream(question, history=history, stop=stop), request
-        )
+        changes = self._changes(asked)
+
+        def work(stop: Stop) -> Iterator[Any]:
+            return _with(self._current.get(), **changes).stream(question, history=history, stop=stop)
+
+        pieces = await self._begin(work, request)
         reply = Reply(DOCUMENTS)
         if asked.stream:
             return Events(self._guarded(self._document_chunks(pieces, reply, _with_usage(asked))))
@@ -167,12 +187,13 @@ class Service:
         if stats.finish_reason == "cancelled":
             raise _cut_short()
 
-    def _chosen(self, asked: ChatRequest) -> Rag:
-        return _with(
-            self.rag, temperature=asked.temperature, top_p=asked.top_p, seed=asked.seed,
-            sampling_top_k=asked.top_k, repetition_penalty=asked.repetition_penalty,
-            max_new_tokens=asked.most_tokens(self.rag.settings.max_new_tokens),
-        )
+    def _changes(self, asked: ChatRequest) -> dict[str, Any]:
+        """The settings that a request names; None where it leaves one out."""
+        return {
+            "temperature": asked.temperature, "top_p": asked.top_p, "seed": asked.seed,
+            "sampling_top_k": asked.top_k, "repetition_penalty": asked.repetition_penalty,
+            "max_new_tokens": asked.most_tokens(self.rag.settings.max_new_tokens),
+        }
 
     # the model by itself
 
@@ -187,7 +208,7 @@ class Service:
         if asked.logprobs and not here:
             raise InputError("logprobs are given only where the model runs in this server.")
         prompt = Prompt(hits=(), messages=tuple(message.plain() for message in asked.messages))
-        pieces = await self._begin(_bare(self._chosen(asked), prompt, asked), request)
+        pieces = await self._begin(_bare(_with(self.rag, **self._changes(asked)), prompt, asked), request)
         reply = Reply(self._model)
         if asked.stream:
             return Events(self._guarded(self._model_chunks(pieces, reply, asked)))
@@ -333,7 +354,9 @@ def describe_error(error: Exception) -> tuple[int, str, dict[str, str]]:
         return 400, str(error), {}
     if isinstance(error, RagError):
         _log.error("a request failed: %s", error)
-        return 503, "the server can't answer at present; its log says why.", {"retry-after": "10"}
+        is_base = isinstance(error, KnowledgeBaseError)
+        message = _NO_BASE if is_base else "the server can't answer at present; its log says why."
+        return 503, message, {"retry-after": "10"}
     _log.error("a request failed", exc_info=error)
     return 500, _BROKEN, {}
 
@@ -362,7 +385,9 @@ def make_app(service: Service, metrics: Metrics, *, closing: Callable[[], bool])
     async def health() -> Response:
         if closing():
             return JSONResponse({"status": "closing"}, status_code=503)
-        return JSONResponse({"status": "ok"})
+        is_there = await asyncio.to_thread(service.has_base)
+        status = "ok" if is_there else "no knowledge base"
+        return JSONResponse({"status": status}, status_code=200 if is_there else 503)
 
     @app.get("/metrics")
     async def figures() -> Response:
