@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sqlite3
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -19,11 +20,13 @@ from rag.settings import Settings
 
 if TYPE_CHECKING:
     from rag.answer import Answer
-    from rag.quality.evaluation import EvalResult
+    from rag.quality.evaluation import EvalQuestion, EvalResult
     from rag.quality.run import Comparison
+    from rag.store import Store
 
 
 _RETRIEVED = 10  # hits a question that `retrieve` writes where --top-k isn't given
+_SHOWN = 10  # names and lines of one kind that a message holds; more are counted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options, settings))
     except RagError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except sqlite3.Error as error:
+        from rag.knowledge import database_error
+
+        explained = database_error(error, settings.kb)
+        if explained is None:
+            raise
+        print(f"error: {explained}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
@@ -90,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     questions.add_argument("--count", type=int, default=200, help="at most so many (default: 200)")
     questions.add_argument("--unanswerable", type=float, default=0.25, metavar="SHARE",
                            help="share of them that the documents don't answer (default: 0.25)")
+    questions.add_argument("--force", action="store_true", help="write over a file that is there already")
     questions.set_defaults(run=_questions)
 
     calibrate = commands.add_parser("calibrate", help="fit on your documents when a question is refused")
@@ -223,9 +235,10 @@ def _retrieve(options: argparse.Namespace, settings: Settings) -> int:
     from rag.pipeline import Rag
 
     rows, where = read_questions(options.source), _where(options)
+    fresh = options.target.with_name(options.target.name + ".new")
+    _check_outputs([options.source], [options.target, fresh])
     rag = Rag.open(settings=settings)
     count = options.top_k or max(_RETRIEVED, settings.top_k)
-    fresh = options.target.with_name(options.target.name + ".new")
     with _writable(fresh) as out:
         for begin in range(0, len(rows), 256):
             part = rows[begin : begin + 256]
@@ -236,6 +249,40 @@ def _retrieve(options: argparse.Namespace, settings: Settings) -> int:
     fresh.replace(options.target)
     print(f"{len(rows)} questions, hits in {options.target}", file=sys.stderr)
     return 0
+
+
+def _check_outputs(read: Sequence[Path], written: Sequence[Path]) -> None:
+    """Raise InputError where a file can't be written, or is read as well: now, not when all work is done."""
+    for number, path in enumerate(written):
+        if any(_is_same_file(path, other) for other in read):
+            raise InputError(f"{path} is read, and would be written over. Name another output file.")
+        if any(_is_same_file(path, other) for other in written[:number]):
+            raise InputError(f"{path} is named for two outputs. Name a file for each.")
+        _check_output(path)
+
+
+def _is_same_file(path: Path, other: Path) -> bool:
+    """Whether two names mean one file, also through links."""
+    try:
+        return path.samefile(other)
+    except OSError:  # one is not there yet
+        return path.resolve() == other.resolve()
+
+
+def _check_output(path: Path) -> None:
+    target = path.resolve()  # so that a link stays
+    try:
+        if target.is_dir():
+            raise InputError(f"{path} is a folder. Name a file in it.")
+        if target.exists() and not target.is_file():
+            return  # a pipe, a terminal: it would wait for a reader, or hold the trial
+        is_new = not target.exists()
+        with target.open("ab"):  # rights alone don't tell: the disk may be mounted without
+            pass
+        if is_new:
+            target.unlink()
+    except OSError as error:
+        raise InputError(f"{path} can't be written: {error}") from error
 
 
 def _writable(path: Path) -> Any:
@@ -252,6 +299,7 @@ def _batch(options: argparse.Namespace, settings: Settings) -> int:
     from rag.pipeline import Rag
 
     rows, where = read_questions(options.source), _where(options)
+    _check_outputs([options.source], [options.target])
     rag = Rag.open(settings=settings)
     rag.retriever.check_filter(where)  # one error, not one for every question
     # Now, so that a model that can't be loaded is one error and not one for every question.
@@ -282,6 +330,8 @@ def _evaluate(options: argparse.Namespace, settings: Settings) -> int:
         check_plots()
     if options.compare and options.source:
         raise InputError("give either questions to measure or --compare A.json B.json, not both.")
+    read = options.compare or ([options.source] if options.source else [])
+    _check_outputs(read, [path for path in (options.save, options.details, options.html) if path])
     if options.compare:
         earlier, run = (Run.read(path) for path in options.compare)
         comparison = compare(earlier, run)
@@ -293,11 +343,13 @@ def _evaluate(options: argparse.Namespace, settings: Settings) -> int:
         return 0
     if options.source is None:
         raise InputError("there is nothing to measure. Name a file of questions, or --compare A.json B.json.")
-    results = _measure(options, settings)
+    results = _measure(options.source, settings)
     run = run_of(results, source=str(options.source), settings=asdict(settings))
     _print_summary(run.summary)
     if options.save:
         run.write(options.save)
+    if options.details:
+        _write_details(results, options.details)
     if options.html:
         write_report(run, options.html)
     if options.json:
@@ -305,25 +357,48 @@ def _evaluate(options: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-def _measure(options: argparse.Namespace, settings: Settings) -> list[EvalResult]:
+def _measure(source: Path, settings: Settings) -> list[EvalResult]:
     from tqdm import tqdm
 
     from rag.pipeline import Rag
     from rag.quality.evaluation import EvalQuestion, evaluate
 
-    questions = parse_lines(options.source, lambda number, row: EvalQuestion.parse(row, number))
+    questions = parse_lines(source, lambda number, row: EvalQuestion.parse(row, number))
     if not questions:
-        raise InputError(f"{options.source} holds no questions.")
+        raise InputError(f"{source} holds no questions.")
     rag = Rag.open(settings=settings)
+    questions = _with_known_paths(questions, rag.base)
     with tqdm(total=len(questions), unit="question", file=sys.stderr) as bar:
-        results = evaluate(rag, questions, lambda done, total: bar.update(1))
-    if options.details:
-        with _writable(options.details) as out:
-            for result in results:
-                line = {"id": result.question.id, "rank": result.rank, "gold": asdict(result.question),
-                        **result.answer.to_dict()}
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
-    return results
+        return evaluate(rag, questions, lambda done, total: bar.update(1))
+
+
+def _with_known_paths(questions: Sequence[EvalQuestion], base: Store) -> list[EvalQuestion]:
+    """The questions with paths as the base writes them. Files that it doesn't hold are told; InputError
+    where it holds none of those named."""
+    from rag.quality.evaluation import placed
+
+    readable = [path for path, record in base.files().items() if record.status == "ok"]
+    found, missing = placed(questions, readable)
+    if not missing:
+        return found
+    names = ", ".join(missing[:_SHOWN]) + (f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else "")
+    named = {each.path for each in found if each.path is not None and not each.unanswerable}
+    if len(missing) == len(named):
+        raise InputError(
+            f"no file that the questions name is in this knowledge base: {names}. A path is written as `ingest` "
+            "names the file, relative to the folder that was ingested."
+        )
+    print(f"warning: {len(missing)} of {len(named)} files that the questions name are not in this knowledge base, and "
+          f"their questions count as not found: {names}", file=sys.stderr)
+    return found
+
+
+def _write_details(results: Sequence[EvalResult], path: Path) -> None:
+    with _writable(path) as out:
+        for result in results:
+            line = {"id": result.question.id, "rank": result.rank, "gold": asdict(result.question),
+                    **result.answer.to_dict()}
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
@@ -364,6 +439,9 @@ def _questions(options: argparse.Namespace, settings: Settings) -> int:
     from rag.quality.questions import make_questions
     from rag.store import open_store
 
+    if not options.force and options.target.is_file() and options.target.stat().st_size:
+        raise InputError(f"{options.target} is there already. Name another file, or write over it with --force.")
+    _check_outputs([], [options.target])
     made = make_questions(
         open_store(settings), count=options.count, unanswerable=options.unanswerable, seed=settings.seed
     )
@@ -383,16 +461,20 @@ def _calibrate(options: argparse.Namespace, settings: Settings) -> int:
     from tqdm import tqdm
 
     from rag.knowledge import KnowledgeBase
-    from rag.quality.calibrate import calibrate, made_questions, own_questions
+    from rag.quality.calibrate import calibrate, check_store, made_questions, own_questions
     from rag.quality.evaluation import EvalQuestion
 
+    check_store(settings)
     base = KnowledgeBase.open(settings.kb)
     if options.questions:
         brought = parse_lines(options.questions, lambda number, row: EvalQuestion.parse(row, number))
-        asked = own_questions(base, brought)
-        if len(asked) < len(brought):
-            print(f"{len(brought) - len(asked)} of {len(brought)} questions don't say where their answer stands "
-                  "and are left out", file=sys.stderr)
+        left_out: list[str] = []
+        try:
+            asked = own_questions(base, brought, tell=left_out.append)
+        finally:
+            if left_out:
+                more = [f"... and {len(left_out) - _SHOWN} more"] if len(left_out) > _SHOWN else []
+                print("\n".join([*left_out[:_SHOWN], *more]), file=sys.stderr)
     else:
         asked = made_questions(base, seed=settings.seed)
     with tqdm(total=len(asked), unit="question", file=sys.stderr) as bar:
@@ -447,6 +529,8 @@ def _doctor(options: argparse.Namespace, settings: Settings) -> int:
     problems = base.check()
     for problem in problems:
         print(f"  problem: {problem}")
+    if problems and settings.store == "embedded":
+        print(f"  Restore the base from a copy, or delete {settings.kb} and ingest again.")
     state = base.index_state()
     index = "FAISS file" if settings.store == "embedded" else "counts of terms"
     print(f"  {index}: {state}")

@@ -19,6 +19,7 @@ import filelock
 
 from rag.errors import InputError, RagError
 from rag.filter import EVERYTHING, Filter
+from rag.question_file import half_character
 
 if TYPE_CHECKING:
     from rag.pipeline import Rag
@@ -58,13 +59,19 @@ def answer_file(
                 group = waiting[begin : begin + GROUP]
                 for row, answer in zip(group, _answers(rag, group, where), strict=True):
                     done[_key(row)] = line = {"id": row["id"], **answer, **_part(where)}
-                    out.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    out.write(_dump(line))
                 out.flush()
                 os.fsync(out.fileno())
                 if progress is not None:
                     progress(before + begin + len(group), len(rows))
         _put_in_order(target, [done[_key(row)] for row in rows])
     return BatchCounts(len(rows), before, sum("error" in line for line in done.values()))
+
+
+def _dump(line: Mapping[str, Any]) -> str:
+    """The line as it stands in the file. Half a character can't stand there but as an escape."""
+    plain = json.dumps(line, ensure_ascii=False)
+    return (json.dumps(line) if half_character(plain) else plain) + "\n"
 
 
 def _key(row: Row) -> str:
@@ -133,6 +140,11 @@ def _read_answers(target: Path, rows: Sequence[Row], where: Filter) -> dict[str,
                 raise InputError(
                     f"{target}, line {number} is no answer ({error!r}). Mend it, or name another output file."
                 ) from error
+            if not {"answer", "error"} & answer.keys():
+                raise InputError(
+                    f"{target}, line {number} holds neither an answer nor an error: it is no file that a batch "
+                    "has written. Name another output file."
+                )
             if questions.get(key) != answer.get("question"):
                 raise InputError(
                     f"{target} holds answers to other questions: line {number}, id {answer['id']!r}, is not "
@@ -155,7 +167,7 @@ def _read_answers(target: Path, rows: Sequence[Row], where: Filter) -> dict[str,
 
 def _put_in_order(target: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Rewrite the file in the questions' order where a retry has left it otherwise."""
-    wanted = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    wanted = "".join(map(_dump, lines))
     if target.read_text(encoding="utf-8") == wanted:
         return
     fresh = target.with_name(target.name + ".new")

@@ -164,6 +164,43 @@ def refuse_other_embedder(
         )
 
 
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_NO_WRITE_ACCESS = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+_NOT_OF_THE_BASE = (
+    *_NO_WRITE_ACCESS, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_PERM,
+)
+
+
+def database_error(error: sqlite3.Error, folder: str | Path) -> KnowledgeBaseError | None:
+    """What SQLite's error means for the knowledge base in `folder`, and what to do; None for a bug of ours."""
+    folder = Path(folder)
+    code = getattr(error, "sqlite_errorcode", None)
+    kind = None if code is None else code & 0xFF  # without the details above it
+    if kind in _DAMAGED or "decode to UTF-8" in str(error):
+        return _damaged(error, folder)
+    log = folder / f"{DATABASE}-wal"
+    if kind in _NO_WRITE_ACCESS and log.is_file() and log.stat().st_size:
+        return KnowledgeBaseError(
+            f"the knowledge base in {folder} can't be read without write access ({error}): the program that wrote to "
+            f"it last was stopped, and what it wrote is still in {log.name}. Nothing is lost. Make the folder "
+            f"writable, run once: python -m rag doctor --kb {folder}\nAfter that it may be read-only again."
+        )
+    if kind in _NOT_OF_THE_BASE:
+        return KnowledgeBaseError(
+            f"{folder / DATABASE} can't be used now: {error}. Check the room on the disk, the folder's rights, and "
+            "whether another program holds it; then run this again."
+        )
+    return None
+
+
+def _damaged(error: sqlite3.Error, folder: Path) -> KnowledgeBaseError:
+    return KnowledgeBaseError(
+        f"{folder / DATABASE} can't be read ({error}). Restore it from a copy, or delete "
+        f"the folder and run: python -m ingest FOLDER --kb {folder}"
+    )
+
+
 class KnowledgeBase:
     """Open with `KnowledgeBase.open(folder)`, or `.create(folder)` to make it where it is missing.
 
@@ -229,10 +266,7 @@ class KnowledgeBase:
         try:
             version = self.meta("schema")
         except sqlite3.DatabaseError as error:
-            raise KnowledgeBaseError(
-                f"{self.folder / DATABASE} can't be read ({error}). Restore it from a copy, or delete "
-                f"the folder and run: python -m ingest FOLDER --kb {self.folder}"
-            ) from error
+            raise database_error(error, self.folder) or _damaged(error, self.folder) from error
         if version != SCHEMA_VERSION:
             raise KnowledgeBaseError(
                 f"the knowledge base in {self.folder} has format {version}, this program reads format "
@@ -639,7 +673,16 @@ class KnowledgeBase:
         return None if old is None else updated_index(old, overlay)
 
     def check(self) -> list[str]:
-        """What is inconsistent in SQLite itself; an empty list where nothing is."""
+        """What is inconsistent in SQLite itself; an empty list where nothing is.
+
+        Raises KnowledgeBaseError where it is too damaged to be looked through.
+        """
+        try:
+            return self._inconsistencies()
+        except sqlite3.DatabaseError as error:
+            raise database_error(error, self.folder) or _damaged(error, self.folder) from error
+
+    def _inconsistencies(self) -> list[str]:
         problems: list[str] = []
         connection = self._connection
         for (line,) in connection.execute("PRAGMA integrity_check"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,17 @@ from typing import Any, TypeVar
 from rag.errors import InputError
 
 _SHOWN = 10  # problems told of one file; more are counted
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 Parsed = TypeVar("Parsed")
+
+
+def half_character(text: str) -> str | None:
+    """What is wrong with a text that holds half of a character, which no model and no file takes.
+
+    Such a text comes from an emoji cut in two ("\\ud83d" in JSON), or from bytes that a terminal can't decode.
+    """
+    found = _HALF_CHARACTER.search(text)
+    return None if found is None else f"half a character (U+{ord(found.group()):04X}, character {found.start() + 1})"
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -78,4 +89,6 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
         raise InputError(f"{path}, line {number} is not JSON: {error}") from error
     if not isinstance(row, dict):
         raise InputError(f"{path}, line {number} is not a JSON object.")
+    if _HALF_CHARACTER.search(json.dumps(row, ensure_ascii=False)):
+        raise InputError(f"{path}, line {number} holds half a character, as \\ud83d without what follows it.")
     return row

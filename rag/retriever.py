@@ -17,6 +17,7 @@ from rag.filter import EVERYTHING, Filter
 from rag.knowledge import StoredChunk
 from rag.language import Language, detect_language
 from rag.numpy_threads import keep_numpy_to_one_thread
+from rag.question_file import half_character
 from rag.ranking import (
     FEATURES,
     FEATURES_OF,
@@ -31,12 +32,13 @@ from rag.sentences import best_sentence_start
 from rag.soft_match import bundled_table
 from rag.store import Store
 from rag.term_weights import background, term_weights
-from rag.terms import question_terms
+from rag.terms import HAN, question_terms
 
 CANDIDATES = 48  # from each of dense and term search, and compared in full
 _MAX_QUESTION_TERMS = 64  # the heaviest ones of a question as long as a page
 _DUPLICATE = 0.92  # Jaccard similarity of term sets from which two passages say the same
 _DOCUMENTS_KEPT = 16
+_HAN = re.compile(rf"[{HAN}]")
 _DENIAL = re.compile(r"[不没无未勿禁]|^(?:not|no|never|cannot|without|t)$")
 _NUMERAL = re.compile(
     r"[一二三四五六七八九十百千万两]|^(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelv|twenti|thirti|fifti|hundr)$"
@@ -106,6 +108,8 @@ class Retriever:
         for number, question in enumerate(questions, 1):
             if not question.strip():
                 raise InputError(f"question {number} of {len(questions)} is empty.")
+            if half := half_character(question):
+                raise InputError(f"question {number} of {len(questions)} holds {half}.")
         if not questions:
             return []
         vectors = self.embedder.embed_questions(questions)
@@ -273,20 +277,50 @@ def _most_promising(
 
 
 def _says_the_same(first: StoredChunk, second: StoredChunk) -> bool:
-    """Near duplicates: equal text, or term sets that hardly differ and agree on every number."""
+    """Near duplicates: equal text, or one says all that the other says, in order, and hardly more.
+
+    Where each has something that the other lacks, a word was replaced ("am" by "pm", 甲方 by 乙方), and
+    whoever asks must see both.
+    """
     if first.chunk.text == second.chunk.text:
         return True
     a, b = set(first.body_terms), set(second.body_terms)
-    if min(len(a), len(b)) < _DUPLICATE * max(len(a), len(b)) or len(a) < 8:
+    if len(a) < 8 or len(a & b) < _DUPLICATE * len(a | b):
         return False
-    differing = a ^ b
-    if any(character.isdigit() for term in differing for character in term):
-        return False  # last year's figures are another statement
-    if any(_DENIAL.search(term) for term in differing):
-        return False  # and so is the opposite
-    if all(any(_NUMERAL.search(term) for term in terms) for terms in (a - b, b - a)):
-        return False
-    return len(a & b) >= _DUPLICATE * len(a | b)
+    shorter, longer = sorted((_words(first.body_terms), _words(second.body_terms)), key=len)
+    added = _added(shorter, longer)
+    # Another figure or a denial makes another statement of the same words.
+    return added is not None and not any(
+        any(character.isdigit() for character in word) or _DENIAL.search(word) or _NUMERAL.search(word)
+        for word in added
+    )
+
+
+def _words(terms: Sequence[str]) -> list[str]:
+    """Words, and Han characters one by one: one more of these changes two of the pairs that are searched."""
+    words: list[str] = []
+    last = ""
+    for term in terms:
+        if not _HAN.match(term):
+            words.append(term)
+        elif len(last) == len(term) == 2 and last[1] == term[0]:
+            words.append(term[1])  # the pair begins where the last one ended
+        else:
+            words.extend(term)
+        last = term
+    return words
+
+
+def _added(shorter: Sequence[str], longer: Sequence[str]) -> list[str] | None:
+    """The words that `longer` has between those of `shorter`; None where it lacks one of them."""
+    added: list[str] = []
+    at = 0
+    for word in longer:
+        if at < len(shorter) and word == shorter[at]:
+            at += 1
+        else:
+            added.append(word)
+    return added if at == len(shorter) else None
 
 
 def _can_join(first: Hit, second: Hit) -> bool:

@@ -172,3 +172,36 @@ def test_killed_with_kill_9_and_started_again_every_question_is_answered_once(tm
     # What a kill interrupted is asked again, one group each time; what stood in the file never.
     asked = log.read_text().splitlines()
     assert len(asked) <= 160 + 2 * GROUP
+
+
+def test_a_question_with_half_a_character_is_recorded_and_stops_no_other(tmp_path):
+    """One emoji cut in two used to end the batch in a traceback, and every run that went on with it."""
+    out = tmp_path / "out"
+    broken = [{"id": 0, "question": "How \ud83d?"}, {"id": 1, "question": "question 1"}]
+    rag = Echo(fails=["How \ud83d?"], error=InputError("half a character"))
+    assert answer_file(rag, broken, out).failed == 1
+    assert [line.get("error") for line in lines(out)] == ["half a character", None]
+    assert answer_file(Echo(), broken, out).before == 2
+    assert lines(out)[0]["question"] == "How \ud83d?"
+
+
+def test_a_line_with_half_a_character_is_named_before_any_work(tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text(
+        '{"question": "whole \\ud83d\\ude00?"}\n{"question": "half \\ud83d?"}\n{"id": "\\ude00", "question": "q"}\n'
+    )
+    with pytest.raises(InputError) as error:
+        read_questions(source)
+    said = str(error.value).splitlines()
+    assert len(said) == 2 and "line 2 holds half a character" in said[0] and "line 3" in said[1]
+
+
+@pytest.mark.parametrize("last", ["", '{"id": "q1", "question": "question 1", "answer": "x"}\n'])
+def test_a_file_of_questions_is_not_taken_for_their_answers(tmp_path, last):
+    """A copy of the questions as output file used to be reported as answered, with no answer in it."""
+    out = tmp_path / "out"
+    written = '{"id": "q0", "question": "question 0"}\n' + last
+    out.write_text(written)
+    with pytest.raises(InputError, match="line 1 holds neither an answer nor an error"):
+        answer_file(Echo(), rows(2), out)
+    assert out.read_text() == written

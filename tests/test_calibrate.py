@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+from fakes import base_of
 
 from rag import Settings
 from rag.document import Chunk, Document
@@ -150,3 +151,35 @@ def test_made_questions_hold_both_sorts_and_point_at_their_sentence(folder):
     for each in asked:
         if each.path is not None:
             assert each.answer in base.document(each.path).text[each.start : each.end]
+
+
+def test_a_quote_is_found_however_its_lines_are_broken_and_what_is_left_out_is_named(tmp_path):
+    """A quote with another line break than its file was left out, with the message that it says no place."""
+    base = base_of(tmp_path / "kb", {
+        "re\u0301sume\u0301.txt": "The oak room\nhas  25 windows. Ten doors.",
+        "zh.txt": "静态嵌入是\n一种句向量，\n不经过 GPU 运算。",
+    })
+    lines = [
+        {"question": "Q?", "path": "r\u00e9sum\u00e9.txt", "quote": "The oak room has 25 windows."},
+        {"question": "Q?", "path": "zh.txt", "quote": "一种句向量，不经过GPU运算"},
+        {"question": "Q?", "path": "zh.txt", "quote": "嵌入 是一种"},
+        {"question": "Q?", "path": "r\u00e9sum\u00e9.txt", "quote": "The oakroom", "id": "oak"},
+        {"question": "Q?", "path": "gone.txt", "quote": "x"}, {"question": "Q?", "quote": "x"},
+        {"question": "Q?", "path": "zh.txt", "page": 4},
+    ]
+    told = []
+    asked = own_questions(base, [EvalQuestion.parse(row, at) for at, row in enumerate(lines, 1)], tell=told.append)
+    assert [base.document(each.path).text[each.start : each.end] for each in asked] == [
+        "The oak room\nhas  25 windows.", "一种句向量，\n不经过 GPU 运算", "嵌入是\n一种",
+    ]
+    assert told == [
+        "question oak is left out: neither its quote nor an answer stands in re\u0301sume\u0301.txt",
+        "question 5 is left out: gone.txt is not in the knowledge base", "question 6 is left out: it has no path",
+        "question 7 is left out: neither its quote nor an answer stands in zh.txt, which has no page 4",
+    ]
+
+
+def test_a_store_without_a_threshold_of_its_own_is_refused_before_any_work(tmp_path):
+    """With a base in Milvus the one in `kb` was measured, and a threshold written that nothing reads."""
+    with pytest.raises(InputError, match="store is 'milvus'"):
+        calibrate(Settings(kb=str(tmp_path / "none"), store="milvus", milvus_uri="kb.db"), [])

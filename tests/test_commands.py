@@ -11,6 +11,11 @@ import time
 import pytest
 from tiny_models import make_model
 
+from rag.__main__ import _with_known_paths
+from rag.errors import InputError
+from rag.knowledge import KnowledgeBase
+from rag.quality.evaluation import EvalQuestion
+
 LEASE = "# Lease\n\nThe lease began on 3 May 2021. The monthly rent is 1,250 euros.\n"
 PETS = "# Pets\n\nCats may be kept in the flat. Dogs need the written consent of the owner.\n"
 CONTRACT = "# 合同\n\n甲方应于每月五日前支付工资。试用期为三个月。\n"
@@ -255,3 +260,79 @@ def test_ingest_and_ask_never_touch_the_network(folder, tmp_path, model):
             env=environment, timeout=120,
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_the_questions_are_never_written_over(tmp_path):
+    """With one name for both, `batch` called the questions answered, and `retrieve` replaced them."""
+    source = write_lines(tmp_path / "q.jsonl", {"question": "How high is the rent?"})
+    written = source.read_text()
+    (tmp_path / "link.jsonl").symlink_to(source)
+    beside = tmp_path / "out.jsonl.new"  # under which name `retrieve` writes out.jsonl
+    beside.write_text(written)
+    for command, asked, target in (
+        ("batch", source, source), ("retrieve", source, source), ("retrieve", source, tmp_path / "link.jsonl"),
+        ("retrieve", beside, tmp_path / "out.jsonl"),
+    ):
+        done = run("rag", command, asked, target, "--kb", tmp_path / "none", code=1)
+        assert "would be written over. Name another output file." in done.stderr, (command, target)
+    done = run("rag", "eval", source, "--save", tmp_path / "a", "--details", tmp_path / "a", code=1)
+    assert "two outputs" in done.stderr
+    assert source.read_text() == beside.read_text() == written
+
+
+def test_an_output_that_cannot_be_written_is_told_before_any_work(tmp_path):
+    """It used to be tried when all was answered, and everything was lost."""
+    source = write_lines(tmp_path / "q.jsonl", {"question": "How high is the rent?"})
+    for output, said in ((tmp_path, "is a folder"), (tmp_path / "no" / "out", "can't be written")):
+        commands = [("retrieve", source, output), ("batch", source, output), ("questions", output)]
+        commands += [("eval", source, option, output) for option in ("--save", "--details")]
+        for command in commands:
+            done = run("rag", *command, "--kb", tmp_path / "none", code=1)
+            assert said in done.stderr and "Traceback" not in done.stderr, command
+    assert [path.name for path in tmp_path.iterdir()] == ["q.jsonl"]
+
+
+def test_questions_written_before_are_kept_unless_forced(base, tmp_path):
+    """A file looked through by hand used to be replaced without a word."""
+    own = write_lines(tmp_path / "q.jsonl", {"question": "Mended by hand?"})
+    done = run("rag", "questions", own, "--kb", base, code=1)
+    assert "--force" in done.stderr and "Mended by hand?" in own.read_text()
+    run("rag", "questions", own, "--kb", base, "--force")
+    assert "Mended by hand?" not in own.read_text()
+
+
+def test_half_a_character_is_a_clear_error(base, tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"question": "What is \\ud83d?"}\n')
+    for command in ("retrieve", "batch", "eval"):
+        target = () if command == "eval" else (tmp_path / "out.jsonl",)
+        done = run("rag", command, tmp_path / "q.jsonl", *target, "--kb", base, code=1)
+        assert "line 1 holds half a character" in done.stderr and "Traceback" not in done.stderr
+    asked = subprocess.run([sys.executable, "-m", "rag", "ask", b"How high is the r\xe9nt?", "--kb", str(base)],
+                           capture_output=True, timeout=120)
+    assert asked.returncode == 1 and b"holds half a character" in asked.stderr and b"Traceback" not in asked.stderr
+
+
+def test_a_damaged_database_is_one_clear_line(base, tmp_path):
+    file = base / "knowledge.sqlite"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:4096] + b"\x5a" * (len(whole) - 4096))
+    source = write_lines(tmp_path / "q.jsonl", {"question": "How high is the rent?"})
+    for command in (("retrieve", source, tmp_path / "out.jsonl"), ("doctor",), ("ask", "How high is the rent?")):
+        done = run("rag", *command, "--kb", base, code=1)
+        assert "Restore it from a copy" in done.stderr and "Traceback" not in done.stderr, command
+
+
+def test_files_that_questions_name_and_the_base_lacks_are_told(base, capsys):
+    """They used to count as not found without a word."""
+    store = KnowledgeBase.open(base)
+    lines = [{"question": "q", "path": path} for path in ("lease.md", "gone.md", "gone.md", "pets.md")]
+    questions = [EvalQuestion.parse(line, 1) for line in lines]
+    assert _with_known_paths(questions, store) == questions
+    assert "1 of 3 files that the questions name are not in this knowledge base" in capsys.readouterr().err
+    with pytest.raises(InputError, match="no file that the questions name is in this knowledge base: gone.md. A path"):
+        _with_known_paths(questions[1:3], store)
+
+
+def test_calibrate_refuses_a_store_whose_threshold_nothing_would_read(base):
+    done = run("rag", "calibrate", "--kb", base, "--store", "milvus", "--milvus-uri", "kb.db", code=1)
+    assert "store is 'milvus'" in done.stderr

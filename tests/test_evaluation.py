@@ -9,6 +9,7 @@ from rag.quality.evaluation import (
     by_type,
     exact_match,
     holds,
+    placed,
     risk_coverage,
     summarise,
     token_f1,
@@ -31,6 +32,48 @@ def test_articles_case_and_punctuation_do_not_count():
 def test_an_answer_inside_a_longer_word_is_not_held():
     assert holds("it took 12 days", "12 days")
     assert not holds("it took 112 days", "12 days")
+
+
+@pytest.mark.parametrize(
+    ("text", "part", "expected"),
+    [
+        ("The rent is 1,250 euros.", "250 euros", False), ("The rent is 1,250 euros.", "1250 euros", True),
+        ("The rent is 1250 euros.", "1,250 euros", True), ("It costs 1,250,000.50 dollars", "1250000.50", True),
+        ("利率为1.5%", "5%", False), ("利率为1.5%", "1.5%", True), ("The rate is 1,5 %.", "5 %", False),
+        ("on 3.5.2021", "2021", True), ("articles 1,2,3", "2", True), ("since 2020, 300 times", "300", True),
+        ("It is 3.5.", "3.5", True), ("It is 3.", "3", True), ("It weighs 1.5kg.", "1.5 kg", True),
+        ("He lives in the U.S. now.", "US", True), ("the US army", "U.S.", True), ("at 9 a.m.", "9 am", True),
+        ("see a.b.c", "b", False), ("at the end.The cat", "cat", True),
+        ("The answer is A.", "A", True), ("Vitamin A", "A", True), ("It is a cat.", "A", False), ("B", "A", False),
+        ("a", "A", True), ("The cat sat", "a cat", True), ("The cat", "", False),
+    ],
+)
+def test_numbers_initials_and_choices_are_held_as_people_read_them(text, part, expected):
+    """Numbers were cut at commas and points, so that 1,250 euros was right where 250 were wanted."""
+    assert holds(text, part) is expected
+
+
+def test_choices_and_initials_can_be_matched_exactly():
+    assert exact_match("A.", ["a"]) == 1.0 and exact_match("The", ["A"]) == 0.0
+    assert exact_match("1,250", ["1250"]) == 1.0 and token_f1("U.S.", ["US"]) == 1.0
+    assert token_f1("The answer is A.", ["A"]) == pytest.approx(2 * (1 / 4) * 1 / (1 / 4 + 1))
+
+
+def test_unanswerable_is_true_or_false_and_no_text():
+    """A line with "false" in quotes used to count as unanswerable."""
+    with pytest.raises(InputError, match="line 2: unanswerable must be true or false"):
+        EvalQuestion.parse({"question": "q", "unanswerable": "false"}, 2)
+    assert EvalQuestion.parse({"question": "q", "unanswerable": None}, 2).unanswerable is False
+
+
+def test_a_path_means_its_file_however_its_accents_are_written():
+    lines = [
+        {"question": "q", "path": "re\u0301sume\u0301.md"}, {"question": "q", "path": "gone.md"}, {"question": "q"},
+        {"question": "q", "path": "gone.md"}, {"question": "q", "path": "unimportant.md", "unanswerable": True},
+    ]
+    questions, missing = placed([EvalQuestion.parse(line, 1) for line in lines], ["r\u00e9sum\u00e9.md", "b.md"])
+    assert [question.path for question in questions[:3]] == ["r\u00e9sum\u00e9.md", "gone.md", None]
+    assert len(questions) == 5 and missing == ["gone.md"]
 
 
 def result(question, answer, rank=None):

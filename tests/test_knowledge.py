@@ -1,7 +1,11 @@
+import os
+import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ from fakes import WordEmbedder
 from rag.document import Chunk, Document, Page
 from rag.errors import InputError, KnowledgeBaseError
 from rag.filter import Filter
-from rag.knowledge import FileRecord, KnowledgeBase
+from rag.knowledge import FileRecord, KnowledgeBase, database_error
 
 EMBEDDER = WordEmbedder()
 
@@ -189,6 +193,68 @@ def test_a_file_that_is_no_database_is_reported(tmp_path):
     (tmp_path / "knowledge.sqlite").write_text("this is not a database, it is a text of some length")
     with pytest.raises(KnowledgeBaseError, match="can't be read"):
         KnowledgeBase.open(tmp_path)
+
+
+def damaged(base):
+    """A base whose pages behind the first are overwritten, as by a bad disk: it opens, and little more."""
+    base.close()
+    file = base.folder / "knowledge.sqlite"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:4096] + b"\x5a" * (len(whole) - 4096))
+    return KnowledgeBase(base.folder, read_only=False)
+
+
+def test_a_damaged_database_says_what_to_do(base):
+    with pytest.raises(KnowledgeBaseError, match="Restore it from a copy, or delete the folder and run"):
+        damaged(base).check()
+
+
+def test_only_errors_of_the_database_file_are_explained(base):
+    connection = sqlite3.connect(base.folder / "knowledge.sqlite")
+    with pytest.raises(sqlite3.Error) as bug:
+        connection.execute("SELECT nothing FROM nowhere")
+    assert database_error(bug.value, base.folder) is None
+    connection.execute("PRAGMA max_page_count = 1")
+    with pytest.raises(sqlite3.Error) as full:
+        connection.execute("CREATE TABLE more AS SELECT hex(zeroblob(1000000))")
+    assert "Check the room on the disk" in str(database_error(full.value, base.folder))
+
+
+READ_WITHOUT_RIGHTS = """
+import os, sys
+from rag.errors import KnowledgeBaseError
+from rag.knowledge import KnowledgeBase
+if os.geteuid() == 0:
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+try:
+    print(KnowledgeBase.open(sys.argv[1]).count_chunks())
+except KnowledgeBaseError as error:
+    print(error)
+"""
+
+
+def test_a_whole_base_whose_writer_was_killed_is_not_to_be_deleted_where_it_cannot_be_written():
+    """Its log has not been taken over yet, for which SQLite must write: the advice was to delete the base."""
+    with tempfile.TemporaryDirectory() as parent:
+        os.chmod(parent, 0o755)
+        base = KnowledgeBase.create(Path(parent) / "kb")
+        put(base, "a.txt", "apples are red")
+        copy = Path(parent) / "copy"
+        copy.mkdir()
+        for name in ("knowledge.sqlite", "knowledge.sqlite-wal"):  # as it lies there while nobody has closed it
+            shutil.copy(base.folder / name, copy / name)
+        assert (copy / "knowledge.sqlite-wal").stat().st_size
+        copy.chmod(0o555)
+        read = [sys.executable, "-c", READ_WITHOUT_RIGHTS, str(copy)]
+        said = subprocess.run(read, capture_output=True, text=True, check=True).stdout
+        assert "Nothing is lost. Make the folder writable" in said and "delete" not in said
+        copy.chmod(0o755)
+        again = KnowledgeBase.open(copy)
+        assert again.count_chunks() == 1
+        again.close()
+        copy.chmod(0o555)
+        assert subprocess.run(read, capture_output=True, text=True, check=True).stdout == "1\n"
+        copy.chmod(0o755)
 
 
 def test_inconsistent_tables_are_found(base):

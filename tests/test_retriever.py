@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from fakes import base_of
 
 from rag.document import Chunk, Document, Page
 from rag.embedder import load_embedder
-from rag.errors import SettingsError
+from rag.errors import InputError, SettingsError
 from rag.knowledge import FileRecord, KnowledgeBase
 from rag.retrieval_steps import STEPS
 from rag.retriever import Retriever
@@ -87,3 +88,55 @@ def test_without_vectors_other_words_for_the_same_are_not_found(tmp_path):
 def test_a_step_that_does_not_exist_is_named_and_one_search_must_stay(without, says):
     with pytest.raises(SettingsError, match=says):
         Settings(retrieval_without=without)
+
+
+HOUSE_RULES = (
+    "The tenant of the flat in Harbour Street agrees to keep the staircase, the cellar and the yard clean, to report "
+    "every defect of the heating and of the water pipes to the landlord without delay, and to pay for broken windows; "
+    "{} in the flat and in the garden behind the house; the caretaker collects the waste and the office opens in the "
+    "morning; deadline for the yearly statement of the costs may be told later."
+)
+HOUSE_RULES_ZH = (
+    "第十二条 合同履行期间，房屋及附属设施发生自然损坏的，应当及时通知对方，并在约定的期限内安排维修人员上门处理，维修所需的材料费和人工费由甲方先行垫付，"
+    "逾期未处理的，乙方可以自行委托第三方维修，有关费用凭票据结算，双方另有约定的从其约定，{}进场施工。"
+)
+
+
+def hits_of_two(tmp_path: Path, first: str, second: str, question: str) -> int:
+    """How many passages come of two files that hold one text each."""
+    base = base_of(tmp_path / "kb", {"a.txt": first, "b.txt": second}, load_embedder("bundled"))
+    return len(Retriever(base, load_embedder("bundled")).retrieve(question, 5))
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "second"),
+    [
+        (HOUSE_RULES, "dogs are allowed", "dogs are forbidden"), (HOUSE_RULES, "rents increase", "rents decrease"),
+        (HOUSE_RULES, "keys come at nine am", "keys come at nine pm"), (HOUSE_RULES, "shows in May", "shows in June"),
+        (HOUSE_RULES, "visits on Monday", "visits on Friday"), (HOUSE_RULES, "the landlord pays", "the tenant pays"),
+        (HOUSE_RULES, "the landlord pays the tenant", "the tenant pays the landlord"),
+        (HOUSE_RULES, "without delay keys come", "keys come"), (HOUSE_RULES, "dogs live", "dogs live not"),
+        (HOUSE_RULES_ZH, "每日上午可以", "每日下午可以"), (HOUSE_RULES_ZH, "甲方可以", "乙方可以"),
+        (HOUSE_RULES_ZH, "费用上涨的可以", "费用下降的可以"), (HOUSE_RULES_ZH, "每日可以", "每日不可以"),
+    ],
+)
+def test_passages_that_say_something_else_are_both_found(tmp_path, text, first, second):
+    """One word replaced among fifty used to count as a near duplicate, and one of the two was dropped."""
+    assert hits_of_two(tmp_path, text.format(first), text.format(second), text.format(first)[-120:]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "second"),
+    [
+        (HOUSE_RULES, "dogs live", "dogs and cats live"), (HOUSE_RULES, "Dogs, live", "dogs live"),
+        (HOUSE_RULES_ZH, "每日可以", "每日都可以"), (HOUSE_RULES_ZH, "每日可以", "每日，可以"),
+    ],
+)
+def test_of_passages_that_hardly_differ_one_is_found(tmp_path, text, first, second):
+    assert hits_of_two(tmp_path, text.format(first), text.format(second), text.format(first)[-120:]) == 1
+
+
+def test_a_question_with_half_a_character_is_refused_with_its_number(tmp_path):
+    """Bytes that a terminal can't decode used to end in a traceback of the tokenizer."""
+    with pytest.raises(InputError, match=r"question 2 of 2 holds half a character \(U\+D83D, character 5\)"):
+        retriever(tmp_path, FERRY, None).retrieve_batch(["whole 🙂", "half\ud83d?"], 3)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +27,7 @@ from rag.errors import InputError
 from rag.evidence import built_in_threshold
 from rag.knowledge import KnowledgeBase, StoredChunk
 from rag.pipeline import Rag
-from rag.quality.evaluation import EvalQuestion, holds
+from rag.quality.evaluation import EvalQuestion, holds, placed
 from rag.quality.questions import make_questions
 from rag.quality.rewording import reword
 from rag.refusal_threshold import RefusalFit, risk_curve, support_model
@@ -99,10 +101,19 @@ def made_questions(base: KnowledgeBase, *, count: int = QUESTIONS, seed: int = 0
     return asked
 
 
-def own_questions(base: KnowledgeBase, questions: Sequence[EvalQuestion]) -> list[Asked]:
+def own_questions(
+    base: KnowledgeBase, questions: Sequence[EvalQuestion], *, tell: Callable[[str], object] = lambda line: None
+) -> list[Asked]:
     """The user's questions with the place of their quote, answer or page. Those that name no place are
-    left out, as their passage can't be hidden; InputError where that leaves none."""
-    asked = [found for question in questions if (found := _located(base, question)) is not None]
+    left out, as their passage can't be hidden, and `tell` gets a line for each; InputError where that
+    leaves none."""
+    readable = {path for path, record in base.files().items() if record.status == "ok"}
+    asked: list[Asked] = []
+    for question in placed(questions, readable)[0]:
+        try:
+            asked.append(_located(base, question, readable))
+        except _NoPlace as error:
+            tell(f"question {question.id} is left out: {error}")
     if not any(each.path for each in asked):
         raise InputError(
             f"none of the {len(questions)} questions says where its answer stands. A line needs a path, and a "
@@ -111,22 +122,56 @@ def own_questions(base: KnowledgeBase, questions: Sequence[EvalQuestion]) -> lis
     return asked
 
 
-def _located(base: KnowledgeBase, question: EvalQuestion) -> Asked | None:
+class _NoPlace(Exception):
+    """Why it isn't known where a question's answer stands."""
+
+
+def _located(base: KnowledgeBase, question: EvalQuestion, readable: Set[str]) -> Asked:
     if question.unanswerable:
         return Asked(question.question)
-    if question.path is None or question.path not in base.files():
-        return None
+    if question.path is None:
+        raise _NoPlace("it has no path")
+    if question.path not in readable:
+        raise _NoPlace(f"{question.path} is not in the knowledge base")
     document = base.document(question.path)
-    begin, end = 0, len(document.text)
-    for page in document.pages:
-        if page.number == question.page:
-            begin, end = page.start, page.end
+    page = next((page for page in document.pages if page.number == question.page), None)
+    begin, end = (0, len(document.text)) if page is None else (page.start, page.end)
     answer = question.answers[0] if question.answers else ""
     for part in (question.quote, *question.answers):
-        at = document.text.find(part, begin, end) if part else -1
-        if part and at >= 0:
-            return Asked(question.question, question.path, at, at + len(part), answer)
-    return Asked(question.question, question.path, begin, end, answer) if question.page is not None else None
+        found = _pattern(part).search(document.text, begin, end) if part and part.strip() else None
+        if found is not None:
+            return Asked(question.question, question.path, *found.span(), answer)
+    if page is not None:
+        return Asked(question.question, question.path, begin, end, answer)
+    where = question.path if question.page is None else f"{question.path}, which has no page {question.page}"
+    raise _NoPlace(f"neither its quote nor an answer stands in {where}")
+
+
+def _pattern(words: str) -> re.Pattern[str]:
+    """Finds the words with any blanks and line breaks between them; beside Chinese ones there may be none."""
+    pattern = last = ""
+    for word in words.split():
+        blank = r"\s+"
+        for character in word:
+            if _is_wide(character) or (last and _is_wide(last)):
+                blank = r"\s*"
+            pattern += (blank if last else "") + re.escape(character)
+            last, blank = character, ""
+    return re.compile(pattern)
+
+
+def _is_wide(character: str) -> bool:
+    return unicodedata.east_asian_width(character) in "WF"
+
+
+def check_store(settings: Settings) -> None:
+    """Raise InputError where the settings name a store that keeps no threshold of its own."""
+    if settings.store != "embedded":
+        raise InputError(
+            f"calibrate measures a knowledge base in a folder, and store is {settings.store!r}: a base there is always "
+            "asked with the built-in threshold. For a base in a folder leave out store and milvus_uri, and "
+            "name it: --kb DIR."
+        )
 
 
 def measure(
@@ -242,6 +287,7 @@ def calibrate(
     settings: Settings, questions: Sequence[Asked], *, progress: Callable[[], object] | None = None
 ) -> tuple[RefusalFit, Supports, Path]:
     """Measure, fit, and keep the threshold with the knowledge base."""
+    check_store(settings)
     supports = measure(settings, questions, progress=progress)
     found = fit(settings, supports)
     return found, supports, found.write(settings.kb)

@@ -2,7 +2,8 @@
 
 A line has `question` and any of `id`, `answer` or `answers`, `path`, `page`, `quote`,
 `unanswerable`, `type`. Answers are compared as in SQuAD (Rajpurkar et al., 2016): lower case, no
-punctuation, no articles; Chinese character by character, as in CMRC 2018 (Cui et al., 2019).
+punctuation, no articles; Chinese character by character, as in CMRC 2018 (Cui et al., 2019). A number
+is one word, with or without commas between its thousands, and so are letters like those of "U.S.".
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import re
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,11 @@ from rag.quality.significance import Shares, interval, resampled
 from rag.terms import HAN
 
 RANKED = 10  # hits looked at for the reciprocal rank
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-_TOKEN = re.compile(rf"[{HAN}]|[^\W_{HAN}]+")
+_ARTICLES = frozenset(("a", "an", "the"))
+_THOUSANDS = re.compile(r"(?<!\d)(?<!\d[.,])\d{1,3}(?:,\d{3})+(?!,?\d)")
+_INITIALS = re.compile(r"(?<![^\W_])[A-Za-z](?:\.[A-Za-z])+(?![^\W_])")
+_DECIMAL = r"(?<!\d[.,])\d+[.,]\d+(?![.,]?\d)"  # but no date as 3.5.2021, no list as 1,2,3
+_TOKEN = re.compile(rf"[{HAN}]|{_DECIMAL}|[^\W_{HAN}]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +65,35 @@ class EvalQuestion:
         page = row.get("page")
         if page is not None and (not isinstance(page, int) or isinstance(page, bool)):
             raise InputError(f"line {number}: page must be a whole number, not {page!r}.")
+        unanswerable = row.get("unanswerable")
+        if unanswerable is not None and not isinstance(unanswerable, bool):
+            raise InputError(
+                f"line {number}: unanswerable must be true or false, without quotes, not {unanswerable!r}."
+            )
         return cls(
             id=str(row.get("id", number)), question=question, answers=tuple(answers),
             path=row.get("path"), page=page, quote=row.get("quote"),
-            unanswerable=bool(row.get("unanswerable", False)), type=row.get("type"),
+            unanswerable=bool(unanswerable), type=row.get("type"),
         )
+
+
+def placed(questions: Sequence[EvalQuestion], paths: Iterable[str]) -> tuple[list[EvalQuestion], list[str]]:
+    """The questions with their paths as the base writes them, and the paths that it doesn't hold.
+
+    Some systems write é as one character, some as two; both mean one file.
+    """
+    given = list(paths)
+    known = {unicodedata.normalize("NFC", path): path for path in given} | {path: path for path in given}
+    found: list[EvalQuestion] = []
+    missing: dict[str, None] = {}
+    for question in questions:
+        path = None if question.path is None else known.get(
+            question.path, known.get(unicodedata.normalize("NFC", question.path))
+        )
+        if path is None and question.path is not None and not question.unanswerable:
+            missing[question.path] = None
+        found.append(question if path is None else replace(question, path=path))
+    return found, list(missing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +107,18 @@ class EvalResult:
 
 
 def comparable_tokens(text: str) -> list[str]:
-    """Words, and Han characters one by one; lower case, without punctuation and articles."""
-    plain = unicodedata.normalize("NFKC", text).lower()
-    return _TOKEN.findall(_ARTICLES.sub(" ", plain))
+    """Words, numbers, and Han characters one by one; lower case, without punctuation.
+
+    Articles are left out, unless nothing else is there: "A" may be one of several choices.
+    """
+    tokens = [token.lower() for token in _tokens(text)]
+    return [token for token in tokens if token not in _ARTICLES] or tokens
+
+
+def _tokens(text: str) -> list[str]:
+    plain = unicodedata.normalize("NFKC", text)
+    plain = _THOUSANDS.sub(lambda found: found.group().replace(",", ""), plain)
+    return _TOKEN.findall(_INITIALS.sub(lambda found: found.group().replace(".", ""), plain))
 
 
 def exact_match(text: str, answers: Sequence[str]) -> float:
@@ -93,9 +130,9 @@ def exact_match(text: str, answers: Sequence[str]) -> float:
 def token_f1(text: str, answers: Sequence[str]) -> float:
     """Best harmonic mean of precision and recall over the tokens of any answer."""
     best = 0.0
-    said = Counter(comparable_tokens(text))
     for answer in answers:
         wanted = Counter(comparable_tokens(answer))
+        said = Counter(_tokens(text.lower()) if _ARTICLES.issuperset(wanted) else comparable_tokens(text))
         common = sum((said & wanted).values())
         if common:
             precision, recall = common / said.total(), common / wanted.total()
@@ -105,10 +142,12 @@ def token_f1(text: str, answers: Sequence[str]) -> float:
 
 def holds(text: str, part: str) -> bool:
     """Whether the tokens of `part` stand in `text` one after the other."""
-    wanted = comparable_tokens(part)
+    wanted, said = comparable_tokens(part), comparable_tokens(text)
     if not wanted:
         return False
-    return f" {' '.join(wanted)} " in f" {' '.join(comparable_tokens(text))} "
+    if _ARTICLES.issuperset(wanted) and wanted != said:
+        wanted, said = _tokens(part), _tokens(text)  # as they are written: "A" is a choice, "a" hardly is
+    return f" {' '.join(wanted)} " in f" {' '.join(said)} "
 
 
 def hit_is_right(hit: Hit, question: EvalQuestion) -> bool:

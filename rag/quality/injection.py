@@ -27,7 +27,8 @@ from rag.document import Chunk, Document
 from rag.errors import RagError
 from rag.knowledge import FileRecord, KnowledgeBase
 from rag.language import detect_language
-from rag.question_file import read_lines
+from rag.quality.evaluation import EvalQuestion
+from rag.question_file import parse_lines, read_lines
 from rag.sentences import sentence_spans
 from rag.settings import Settings
 
@@ -159,7 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = Settings.load(kb=options.kb, generator=options.generator)
         injections = read_injections(options.injections)
-        questions = [row["question"] for _, row in read_lines(options.questions) if not row.get("unanswerable")]
+        asked = parse_lines(options.questions, lambda number, row: EvalQuestion.parse(row, number))
+        questions = [each.question for each in asked if not each.unanswerable]
         KnowledgeBase.open(settings.kb)
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / "kb"
