@@ -241,7 +241,7 @@ class _Statement:
         pattern = _NAME_ZH if detect_language(self.item.text) == "zh" else _NAME_EN
         spans = [(value.start, value.end) for value in self.values]
         return frozenset(
-            match.group().lower() for match in pattern.finditer(self.item.text)
+            plain(match.group()) for match in pattern.finditer(self.item.text)
             if not any(start < match.end() and match.start() < end for start, end in spans)
         )
 
@@ -327,8 +327,8 @@ def _same_subject(asked: _Asked, first: _Statement, second: _Statement) -> bool:
                 return False
         elif not any(x.date[0] == y.date[0] if name == "year" else x.amount == y.amount for x in a for y in b):
             return False
-    lone_first = {name for name in first.names if name not in second.text and name not in second.around.lower()}
-    lone_second = {name for name in second.names if name not in first.text and name not in first.around.lower()}
+    lone_first = {name for name in first.names if name not in second.text and name not in plain(second.around)}
+    lone_second = {name for name in second.names if name not in first.text and name not in plain(first.around)}
     if lone_first and lone_second:
         return False
     if any(_are_parallel(a, b) for a, b in zip(first.labels, second.labels, strict=True)):

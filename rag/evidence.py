@@ -25,6 +25,7 @@ from rag.extractor import bundled_extractor
 from rag.language import detect_language
 from rag.ranking import FEATURES as MATCH_FEATURES
 from rag.sentences import sentence_spans
+from rag.simplified import simplify
 from rag.soft_match import SoftMatch
 from rag.terms import passage_terms
 
@@ -119,12 +120,21 @@ def _is_heading(text: str, start: int, end: int, hit: Hit) -> bool:
     if sentence.startswith("#") or bare in hit.chunk.headings or bare == hit.chunk.title:
         return True
     alone = text[:start].endswith(("", "\n\n")[start > 0]) and text[end:].startswith("\n\n")
-    return alone and _SHORT_LINE.fullmatch(sentence) is not None
+    return alone and _SHORT_LINE.fullmatch(sentence) is not None and _has_text_below(text[end:].lstrip("\n"), hit)
+
+
+def _has_text_below(below: str, hit: Hit) -> bool:
+    """Whether a text begins with a longer paragraph, or with a heading known as such.
+
+    Where one short line follows another, as in notes, each says something.
+    """
+    paragraph = below.split("\n\n", 1)[0].strip()
+    return _SHORT_LINE.fullmatch(paragraph) is None or paragraph in hit.chunk.headings
 
 
 def asked_for(question: str) -> set[str]:
     """Which kinds of thing the question asks for: "number", "time", "name", "reason"."""
-    lowered = question.lower()
+    lowered = simplify(question).lower()
     return {kind for kind, pattern in _ASKS.items() if pattern.search(lowered)}
 
 
@@ -207,11 +217,12 @@ class _KindsAsked:
 
     def __init__(self, question: str) -> None:
         self.wants = asked_for(question)
-        self.lowered = question.lower()
+        self.lowered = simplify(question).lower()
         self.digits = set(_DIGITS.findall(self.lowered))
 
     def features(self, sentence: str) -> list[float]:
         """"number" to "digits_kept" of FEATURES. What stands in the question itself is no answer."""
+        sentence = simplify(sentence)
         lowered = sentence.lower()
         digits = set(_DIGITS.findall(lowered))
         new_digits = digits - self.digits

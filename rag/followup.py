@@ -11,16 +11,25 @@ import re
 from collections.abc import Sequence
 
 from rag.language import detect_language
+from rag.simplified import simplify
 from rag.terms import question_terms
 
 _LEANS_EN = re.compile(
-    r"^(?:and|but|so|then|what about|how about|why not|which one|why\s*\??$|how so)\b|\b(?:it|its|they|them|"
+    r"^(?:and|but|so|then|what about|how about|why not|which one|why\s*\??$|how so)\b|\b(?:(?-i:[Ii]t)|its|they|them|"
     r"their|he|she|his|her|this one|that one|these|those|the (?:former|latter|same|other|second|first) ?(?:one)?)\b",
     re.IGNORECASE,
 )
+# "Is it possible to grow wheat on Mars?", "How long does it take to ...": this "it" stands for nothing said before.
+_DUMMY_IT = re.compile(
+    r"\bit (?=(?:still |really |ever |always |also )?(?:possible|necessary|legal|allowed|permitted|worth|hard|easy|difficult|"
+    r"better|common|normal|true|important|safe|enough|useful) (?:to|that|for)\b)|\bit (?=(?:take|make sense|matter)s?\b)",
+    re.IGNORECASE,
+)
+_SHORTEST_SAID = 4  # terms behind such an "it", so that it says what it is about; "Is it safe to use?" does not
 _LEANS_ZH = re.compile(
-    r"^(?:那么?|还有|另外|然后|为什么[?？]?$|为啥|怎么说|比如|举例|具体|继续|再|又)|它们?|他们?|她们?|其(?!中|他|它|实|余|次)|"
-    r"这[个种些样]?(?!里)|那[个种些样](?!里)|^其中|(?:^|为什么)里面|前者|后者|上述|上面|刚才|呢[?？]?$"
+    r"^(?:那么?|还有|另外|然后|为什么[?？]?$|为啥|怎么说|比如|举例|具体(?!化)|继续(?!教育|医学)|再(?![婚生审贷犯])|又)|"
+    r"(?<!其)它们?|(?<![吉其利排])他(?![人国乡汀克])|她们?|(?<!土耳)(?<![尤极与何名])其(?!中|他|它|实|余|次)|"
+    r"这[个种些样]?(?!里)|那[个种些样](?!里)|^其中|(?:^|为什么)里面|前者|后者|上述|上面|刚才|^.{1,14}呢[?？]?$"
 )
 
 
@@ -34,13 +43,36 @@ _FORM = re.compile(
 )
 
 
+# A follow-up that names another subject, to which later ones go back: "And QLoRA?", "那 AWQ 呢？"
+_NAMES_ANOTHER = re.compile(
+    r"^(?:(?:and|what about|how about)\s+(?!(?:what|who|whom|whose|why|how|when|where|which|if|is|are|does|do|can|then)\b)"
+    r"(?:\S+\s*){1,4}|那?.{1,14}呢)[?？]?$",
+    re.IGNORECASE,
+)
+
+
 def search_question(question: str, history: Sequence[tuple[str, str]]) -> str:
     """What to search for. `history` holds (question, answer) pairs, oldest first."""
-    if not history:
+    if not history or not _leans(question):
         return question
+    return f"{_subject([asked for asked, _ in history])} {question.strip()}"
+
+
+def _subject(asked: Sequence[str]) -> str:
+    """What the last of these questions is about: of those that lean themselves, what they lean on."""
+    at = next((at for at in reversed(range(len(asked))) if not _leans(asked[at])), 0)
+    named = next((last for last in reversed(asked[at + 1 :]) if _NAMES_ANOTHER.search(last.strip())), "")
+    stood = asked[at].strip()
+    return f"{_FORM.sub('', stood).strip() or stood} {named.strip()}".strip()
+
+
+def _leans(question: str) -> bool:
+    """Whether a question can't be understood without what was said before."""
     asked = question.strip()
-    leans = _LEANS_ZH if detect_language(question) == "zh" else _LEANS_EN
-    if not leans.search(asked) and (len(question_terms(asked)) > 1 or _ASKS_WHAT.search(asked)):
-        return question
-    last = history[-1][0].strip()
-    return f"{_FORM.sub('', last).strip() or last} {asked}"
+    if detect_language(asked) == "zh":
+        leans = _LEANS_ZH.search(simplify(asked))
+    else:
+        dummy = _DUMMY_IT.search(asked)
+        alone = dummy and len(question_terms(asked[dummy.end() :])) >= _SHORTEST_SAID
+        leans = _LEANS_EN.search(_DUMMY_IT.sub("", asked) if alone else asked)
+    return bool(leans) or len(question_terms(asked)) <= 1 and not _ASKS_WHAT.search(asked)

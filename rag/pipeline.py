@@ -33,8 +33,9 @@ from rag.evidence import (
 )
 from rag.filter import EVERYTHING, Filter
 from rag.followup import search_question
-from rag.language import REFUSAL
+from rag.language import REFUSAL, detect_language
 from rag.prompt import Prompt, build_prompt
+from rag.question_file import half_character
 from rag.refusal_threshold import kb_threshold
 from rag.retriever import Retrieval, Retriever
 from rag.sentences import one_line
@@ -169,7 +170,7 @@ class Rag:
         held_back = self._calibration is not None
         is_strict = self.settings.citations == "strict"
         strict = StrictStream(prompt.hits, page_at=self._page_at) if is_strict else None
-        markers = MarkerStream(len(prompt.hits))
+        markers = MarkerStream(len(prompt.hits), [hit.chunk.text for hit in prompt.hits])
         while True:
             try:
                 piece = next(writing)
@@ -225,6 +226,8 @@ class Rag:
     ) -> _Plan:
         if not question.strip():
             raise InputError("the question is empty.")
+        if wrong := next(filter(None, map(half_character, chain([question], *history))), None):
+            raise InputError(f"the question or what was said before it holds {wrong}.")
         began = time.perf_counter()
         if retrieval is None:
             searched = search_question(question, history)
@@ -279,7 +282,7 @@ class Rag:
 
     def _refusal(self, plan: _Plan, stats: GenerationStats | None = None) -> Answer:
         return Answer(
-            question=plan.question, text=REFUSAL[plan.retrieval.weighed.language], kind="refused",
+            question=plan.question, text=REFUSAL[detect_language(plan.question)], kind="refused",
             hits=plan.retrieval.hits, confidence=plan.support,
             stats=stats or GenerationStats(
                 seconds_retrieval=plan.seconds_retrieval,

@@ -34,12 +34,13 @@ _LINE_ENDS = re.compile(r"[。！？；：.!?:;|][\"'”’」』)）\]]{0,4}\s*
 _FIRST_WORD = re.compile(r"\s*([\u2e80-\uffe6]|[^\s\u2e80-\uffe6]+)")
 
 
-def sentence_spans(text: str) -> list[tuple[int, int]]:
+def sentence_spans(text: str, *, unwrap: bool = True) -> list[tuple[int, int]]:
     """[start, end) of each sentence, without surrounding blanks. Every letter is in one of them.
 
-    Lines that were wrapped to a width are one, and so are short clauses around a Chinese semicolon.
+    Lines that were wrapped to a width are one (without `unwrap` each line ends a sentence), and so are
+    short clauses around a Chinese semicolon.
     """
-    wrapped = _wrapping_breaks(text) if "\n" in text else frozenset()
+    wrapped = _wrapping_breaks(text) if unwrap and "\n" in text else frozenset()
     spans: list[tuple[int, int]] = []
     begin = 0
     for match in [*_END.finditer(text), None]:

@@ -84,6 +84,13 @@ def test_two_sentences_of_one_passage_do_not_disagree():
         ("about 1,200 people", "1,187 people", True), ("at least 8 days", "9 days", True), ("at most 8 days", "9 days", False),
         ("三百二十万元", "320万元", True), ("2 euros a day", "14 euros a week", True), ("1.2 metres per second", "每秒1.5米", False),
         ("4.2 kg", "4.8 kg", False), ("1.5米", "1500毫米", True),
+        ("95 °F", "35 °C", True), ("95°F", "36 °C", False), ("-4 °F", "minus 20 degrees Celsius", True), ("-5 °C", "5 °C", False),
+        ("95 degrees", "35 °C", True), ("82 degrees", "78 °C", False), ("华氏95度", "35摄氏度", True), ("零下5℃", "5℃", False),
+        ("1,250 euros", "1.250,00 euros", True), ("1.250.000 euros", "€1,250,000", True), ("12,5 %", "12.5 percent", True),
+        ("2 400 euros", "2,400 euros", True), ("2\u202f400,50 €", "2,400.50 euros", True), ("1'250.00 CHF", "1,250 francs", True),
+        ("1,00,000 euros", "100,000 euros", True), ("1,00,000 euros", "0 euros", False), ("5 mW", "5 MW", False),
+        ("5 MW", "5000 kW", True), ("5 MPa", "50 bar", True), ("100m", "100 metres", True), ("$100m", "100 million dollars", True),
+        ("१२ euros", "12 euros", True), ("١٬٢٥٠ euros", "1,250 euros", True), ("１，２００人", "1200人", True), ("兩萬元", "两万元", True),
     ],
 )
 def test_values_are_compared_whichever_way_they_are_written(first, second, alike):
@@ -92,6 +99,57 @@ def test_values_are_compared_whichever_way_they_are_written(first, second, alike
     assert (a.kind, a.dimension) == (b.kind, b.dimension) if alike is not None else a.dimension != b.dimension
     if alike is not None:
         assert agree(a, b) == agree(b, a) == alike
+
+
+@pytest.mark.parametrize("text", ["1.250 euros", "1,2,3 euros", "5'11\" tall", "10.0.0.1 hosts", "1,25,00 euros"])
+def test_digits_joined_in_a_way_that_is_not_understood_are_no_value(text):
+    """Not a part of them either: "1.250,00 euros" once was 0 euros. 1.250 euros are 1,250 to some and 1.25 to others."""
+    assert find_values(plain(text)) == ()
+
+
+def test_numbers_that_only_stand_side_by_side_stay_apart():
+    amounts = {"in 2021 400 people": [0.0, 400.0], "5，6个": [5.0, 6.0], "1200，300人": [1200.0, 300.0], "555 123 4567": [555.0, 123.0, 4567.0]}
+    assert {text: [value.amount for value in find_values(plain(text))] for text in amounts} == amounts
+
+
+def test_digits_of_other_scripts_are_read_as_numbers():
+    """They once ended every question that met such a sentence with a KeyError."""
+    text = "In १९९९ it was ٥ euros."
+    date, amount = find_values(plain(text))
+    assert date.date == (1999, None, None) and (amount.dimension, amount.amount) == ("euro", 5.0)
+    assert text[amount.start : amount.end] == "٥ euros"
+
+
+@pytest.mark.parametrize("text", ["İzmir İstanbul 5 euros", "ﬁve ½ ㎡ 35℃", "１，２００人", "合同規定兩萬元", "5 MW and 5 mW"])
+def test_plain_text_is_as_long_as_the_given_one(text):
+    assert [len(plain(sign)) for sign in text] == [1] * len(text) and len(plain(text)) == len(text)
+
+
+@pytest.mark.parametrize(
+    ("question", "first", "second", "words"),
+    [
+        ("海濱路的公寓有電梯嗎？", "海濱路的公寓有電梯。", "海濱路的公寓沒有電梯。", ("海濱路的公寓有電梯。", "海濱路的公寓沒有電梯。")),
+        ("海濱路公寓的租期是多長時間？", "海濱路公寓的租期是兩年。", "海濱路公寓的租期是三年。", ("兩年", "三年")),
+    ],
+)
+def test_traditional_characters_are_compared_as_simplified_ones(question, first, second, words):
+    (each,) = found(question, first, second)
+    assert {each.first_words, each.second_words} == set(words)
+
+
+@pytest.mark.parametrize(
+    ("question", "first", "second"),
+    [
+        ("What is the maximum operating temperature of the sensor?", "The maximum operating temperature of the sensor is 95 °F.",
+         "The maximum operating temperature of the sensor is 35 °C."),
+        ("How much is the deposit of the storage unit?", "The deposit of the storage unit is 1.250,00 euros.",
+         "The deposit of the storage unit is 1,250 euros."),
+        ("How much does the cleaning of the hall cost?", "The cleaning of the hall costs 2 400 euros.",
+         "The cleaning of the hall costs 2,400 euros."),
+    ],
+)
+def test_the_same_amount_written_otherwise_is_no_disagreement(question, first, second):
+    assert found(question, first, second) == []
 
 
 @pytest.mark.parametrize("text", ["the X200", "GPT-4", "version 2.0", "第3章", "page 12", "v1.2", "第三条"])

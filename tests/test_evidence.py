@@ -86,9 +86,9 @@ def test_what_is_asked_for_is_seen_in_both_languages(question, kinds):
     assert asked_for(question) == kinds
 
 
-def ranked(question, *passages):
+def ranked(question, *passages, headings=()):
     terms = question_terms(question)
-    hits = [Hit(Chunk("a", text, 0, len(text)), 1.0) for text in passages]
+    hits = [Hit(Chunk("a", text, 0, len(text), headings=headings), 1.0) for text in passages]
     return rank_sentences(question, terms, term_weights(terms, {}, 0), hits)[0].sentences
 
 
@@ -161,6 +161,26 @@ def test_the_number_of_a_list_item_alone_is_never_quoted(number):
     hit = Hit(Chunk("a.pdf", text, 0, len(text)), 1.0)
     found = sentence_features("What is computed?", ["computed"], {"computed": 1.0}, [hit])
     assert [item.text for item in found.sentences] == ["The keys are computed once.", "The values too."]
+
+
+def test_lines_of_notes_without_a_full_stop_are_no_headings():
+    """Each stood between blank lines and was taken for one, so that a note of the Wi-Fi password was refused."""
+    notes = ["Wi-Fi guest password is hunter22", "Dentist appointment on 14 March", "备用钥匙在李阿姨家", "牙医预约在3月14日"]
+    found = [item.text for item in ranked("When is the dentist appointment? 牙医预约在哪天？", "\n\n".join(notes))]
+    assert sorted(found) == sorted(notes)
+
+
+def test_a_heading_above_a_heading_that_is_known_is_one_too():
+    text = "What is cached\n\nKeys and values\n\nKeys and values of every layer are cached."
+    found = [item.text for item in ranked("What is cached?", text, headings=("Keys and values",))]
+    assert found == ["Keys and values of every layer are cached."]
+
+
+@pytest.mark.parametrize(("question", "kind"), [
+    ("這座橋是什麼時候建成的？", "time"), ("為什麼要交押金？", "reason"), ("租期有幾個月？", "number"), ("誰負責維修？", "name"),
+])
+def test_what_is_asked_for_is_seen_in_traditional_characters(question, kind):
+    assert asked_for(question) == {kind}
 
 
 @pytest.mark.parametrize("heading", ["三、缓存的是什么", "1. Reading documents", "What is cached", "缓存里有什么"])

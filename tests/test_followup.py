@@ -28,10 +28,30 @@ def test_what_leans_gets_the_last_subject_in_front(history, question, searched):
 
 
 @pytest.mark.parametrize(
-    "question", ["What is QLoRA?", "什么是量化？", "Which exit code does the ingest command give?", "词表一般有多少项？"]
+    "question", [
+        "What is QLoRA?", "什么是量化？", "Which exit code does the ingest command give?", "词表一般有多少项？",
+        # Each of these was completed, and answered from the last question's document: "IT" and a dummy "it" were
+        # taken for pronouns, and so was a part of a longer word.
+        "Who runs the IT department?", "Is it possible to breed horses on Mars?", "How long does it take to fly from Oslo to Rome?",
+        "土耳其的首都是哪里？", "吉他怎么保养？", "有哪些其他费用？", "继续教育的学费是多少？", "他汀类药物有什么副作用？", "尤其要注意哪些费用？",
+        "再婚之后户口怎么办？", "为什么算注意力分数的时候要除以根号 d 呢？",
+    ]
 )
 def test_a_question_that_stands_on_its_own_is_left_as_it_is(question):
     assert search_question(question, HISTORY) == question
+
+
+@pytest.mark.parametrize("question", ["Is it safe to use?", "How long does it take?", "它其实是什么？", "那显存呢？", "這個和它有什麼不同？"])
+def test_a_question_with_a_pronoun_is_completed(question):
+    assert search_question(question, HISTORY) == f"byte-level BPE {question}"
+
+
+def test_a_second_follow_up_goes_back_to_what_the_first_was_about():
+    """It was put behind the first follow-up, so that "And who proposed it? And how big is it?" was searched."""
+    history = [("What is LoRA?", "…"), ("And who proposed it?", "…")]
+    assert search_question("How big is it on disk?", history) == "LoRA How big is it on disk?"
+    history = [("What is LoRA?", "…"), ("And QLoRA?", "…"), ("Who proposed it?", "…")]
+    assert search_question("How big is it on disk?", history) == "LoRA And QLoRA? How big is it on disk?"
 
 
 def test_the_follow_ups_are_sixty_a_language_a_third_of_them_complete():
