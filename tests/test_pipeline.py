@@ -150,6 +150,13 @@ def test_an_empty_question_and_an_empty_base_are_told_apart(folder, tmp_path):
     assert Rag.open(tmp_path / "kb").ask("Anything?").refused
 
 
+def test_half_a_character_in_question_or_history_is_an_error_that_says_so(folder):
+    rag, _ = rag_with(folder)
+    for question, history in (("What is \ud83d?", ()), ("And then?", [("What is \ud83d?", "Nothing.")])):
+        with pytest.raises(InputError, match="half a character"):
+            rag.ask(question, history=history)
+
+
 def test_an_answer_holds_the_prompt_and_the_memory_it_was_made_with(folder):
     rag, generator = rag_with(folder, "The monthly rent is 1,250 euros.", "The monthly rent is 1,250 euros.")
     answer = rag.ask("How much is the monthly rent of the flat?")

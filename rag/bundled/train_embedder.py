@@ -5,7 +5,8 @@ embedding costs a table look-up. Trained by contrast with in-batch negatives (In
 et al., 2018) at the full and at a quarter of the width (Matryoshka representation learning,
 Kusupati et al., 2022) on: question -> passage pairs, title -> text, sentence pairs in two languages
 both ways, the inverse cloze task (Lee et al., 2019), in which a stretch of one sentence asks for the
-rest of its window, and questions as people ask, in the passage's language and in the other.
+rest of its window, and questions as people ask, in the passage's language and in the other. Between
+these, steps of `sentence_matching` train the same vectors for matching token by token.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from torch.nn import functional
 
 from rag.bundled.asked_questions import asked_questions
+from rag.bundled.sentence_matching import Matching, matching_loss, read_matching
 from rag.bundled.training_data import held_out, is_measured, read_rows, text_files, windows
 from rag.language import detect_language
 
 WIDTH = 256
 VOCABULARY = 30_000  # 30,000 x 256 float16 are 15.4 MB
 MAX_TOKENS = 512  # of a training text; at use there is no limit
-_ASKED_STEPS = {"asked-en": 105, "asked-zh": 150, "asked-across-en": 75, "asked-across-zh": 75}
+MATCHING_BATCH = 64  # questions; each stands against the sentences of all
+_ASKED_STEPS = {"asked-en": 105, "asked-zh": 200, "asked-across-en": 75, "asked-across-zh": 75}
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 
 
@@ -208,38 +211,51 @@ def contrastive_loss(
 def train(
     sources: list[Source], *, vocabulary: int, width: int, batch: int, learning_rate: float,
     epochs_factor: float, temperature: float, seed: int, weight: torch.Tensor | None = None,
+    matching: Matching | None = None, matching_steps: int = 0,
 ) -> torch.Tensor:
-    """The table of token vectors, float32 (vocabulary, width). Prints progress and the loss."""
+    """The table of token vectors, float32 (vocabulary, width). Prints progress and both losses.
+
+    Goes on from `weight`, which it changes, or begins at random.
+    """
     rng = random.Random(seed)
     torch.manual_seed(seed)
     if weight is None:
         weight = torch.randn(vocabulary, width) * 0.1
     weight = weight.requires_grad_()
-    plan = [source for source in sources for _ in range(max(1, round(source.steps * epochs_factor)))]
+    plan: list[Source | Matching] = [
+        source for source in sources for _ in range(max(1, round(source.steps * epochs_factor)))
+    ]
+    plan += [matching] * matching_steps if matching else []
     rng.shuffle(plan)
     optimizer = torch.optim.Adam([weight], lr=learning_rate, betas=(0.9, 0.99))
     began = time.perf_counter()
     recent: list[float] = []
+    recent_matching: list[float] = []
     for step, source in enumerate(plan):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1.0, (step + 1) / 50) * (1 - step / len(plan))
-        rows = choose_rows(source, batch, rng)
-        loss = contrastive_loss(
-            _bag([source.queries[row] for row in rows], weight),
-            _bag([source.positives[row] for row in rows], weight),
-            torch.from_numpy(source.groups[rows]),
-            both_ways=source.both_ways,
-            temperature=temperature,
-        )
+        if isinstance(source, Matching):
+            loss = matching_loss(source.batch(MATCHING_BATCH, rng), source.passages, weight)
+        else:
+            rows = choose_rows(source, batch, rng)
+            loss = contrastive_loss(
+                _bag([source.queries[row] for row in rows], weight),
+                _bag([source.positives[row] for row in rows], weight),
+                torch.from_numpy(source.groups[rows]),
+                both_ways=source.both_ways,
+                temperature=temperature,
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        recent.append(loss.item())
+        (recent_matching if isinstance(source, Matching) else recent).append(loss.item())
         if (step + 1) % 50 == 0:
             seconds = time.perf_counter() - began
             left = seconds / (step + 1) * (len(plan) - step - 1)
-            print(f"step {step + 1}/{len(plan)}  loss {np.mean(recent):.3f}  {left:.0f} s left", flush=True)
+            losses = " ".join(f"{np.mean(part):.3f}" for part in (recent, recent_matching) if part)
+            print(f"step {step + 1}/{len(plan)}  loss {losses}  {left:.0f} s left", flush=True)
             recent.clear()
+            recent_matching.clear()
     return weight.detach()
 
 
@@ -290,9 +306,13 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.05)
     parser.add_argument("--length", type=float, default=1.0, help="factor on the number of steps")
     parser.add_argument("--stretches", type=int, default=4, help="most of one plain text")
+    parser.add_argument("--matching-steps", type=int, default=900, help="for matching token by token")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--start-from", type=Path, help="go on from the embedder in this folder, with its tokenizer")
+    parser.add_argument("--runs", type=int, default=1, help="go on so often, each time by another seed, and write the mean")
     options = parser.parse_args()
+    if options.runs > 1 and not options.start_from:
+        parser.error("--runs needs --start-from: only tables that began as the same one have a mean that means something.")
 
     rng = random.Random(options.seed)
     began = time.perf_counter()
@@ -300,9 +320,9 @@ def main() -> None:
     count = sum(len(queries) for queries, *_ in pairs.values())
     print(f"{count:,} pairs from {len(pairs)} sources, {time.perf_counter() - began:.0f} s", flush=True)
 
-    weight: torch.Tensor | None = None
+    begun: torch.Tensor | None = None
     if options.start_from:
-        tokenizer, weight = load(options.start_from)
+        tokenizer, begun = load(options.start_from)
     else:
         sample: list[str] = []
         for queries, positives, *_ in pairs.values():
@@ -313,12 +333,18 @@ def main() -> None:
 
     sources = build_sources(pairs, tokenizer)
     del pairs
+    matching = read_matching(options.data, tokenizer)
     print(f"encoded, {time.perf_counter() - began:.0f} s", flush=True)
-    weight = train(
-        sources, vocabulary=tokenizer.get_vocab_size(), width=WIDTH, batch=options.batch,
-        learning_rate=options.learning_rate, epochs_factor=options.length,
-        temperature=options.temperature, seed=options.seed, weight=weight,
-    )
+    tables = [
+        train(
+            sources, vocabulary=tokenizer.get_vocab_size(), width=WIDTH, batch=options.batch,
+            learning_rate=options.learning_rate, epochs_factor=options.length,
+            temperature=options.temperature, seed=options.seed + run, weight=None if begun is None else begun.clone(),
+            matching=matching, matching_steps=options.matching_steps,
+        )
+        for run in range(options.runs)
+    ]
+    weight = torch.stack(tables).mean(dim=0)  # better than each (Wortsman et al., 2022, model soups)
     save(weight, tokenizer, options.out, card="")
     print(f"saved to {options.out}, {time.perf_counter() - began:.0f} s in all", flush=True)
 

@@ -235,8 +235,10 @@ def main() -> None:
     if "WORLD_SIZE" in os.environ:  # torchrun's
         distributed.init_process_group("gloo")
     reading = read_training(options.data, made=options.made, seed=options.seed)
-    heldout = {language: read_heldout(options.data, language) for language in ("en", "zh")}
-    heldout["asked"] = read_heldout_asked(options.data)
+    heldout: dict[str, Reading] = {}
+    if _process() == 0:  # the one that measures and writes
+        heldout = {language: read_heldout(options.data, language) for language in ("en", "zh")}
+        heldout["asked"] = read_heldout_asked(options.data)
     if options.start_from:
         model = trained_model(options.start_from, options.drop)
     else:
@@ -247,13 +249,13 @@ def main() -> None:
 def train(model: ExtractorModel, reading: Reading, heldout: dict[str, Reading], options: argparse.Namespace) -> None:
     """Train for options.minutes and write the averaged weights every few minutes."""
     together = distributed.is_initialized()
-    process, processes = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
+    process, processes = _process(), distributed.get_world_size() if together else 1
     tests = {
         language: [make_row(item, part, part.negatives[at].tolist(), random.Random(at), (1, 1, 2))
                    for at, item in list(enumerate(part.questions))[:: max(1, len(part.questions) // 600)]]
         for language, part in heldout.items()
     }
-    average = {name: value.detach().clone() for name, value in model.named_parameters()}
+    average = {name: value.detach().clone() for name, value in model.named_parameters() if process == 0}
     matrices = [value for name, value in model.named_parameters() if value.dim() > 1 and name != "frequent.weight"]
     others = [value for name, value in model.named_parameters() if value.dim() == 1 or name == "frequent.weight"]
     optimizer = torch.optim.AdamW(
@@ -279,7 +281,7 @@ def train(model: ExtractorModel, reading: Reading, heldout: dict[str, Reading], 
         step += 1
         keep = min(_AVERAGE, step / (step + 20))
         with torch.no_grad():
-            for name, value in model.named_parameters():
+            for name, value in model.named_parameters() if process == 0 else ():
                 average[name].lerp_(value, 1 - keep)
         losses.append(loss.item())
         done = progress >= 1
@@ -295,6 +297,11 @@ def train(model: ExtractorModel, reading: Reading, heldout: dict[str, Reading], 
             written = time.monotonic()
         if done:
             return
+
+
+def _process() -> int:
+    """Which of torchrun's processes this is; 0 where there is only one."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def _average_over_processes(model: ExtractorModel, progress: float, processes: int) -> float:
