@@ -69,7 +69,7 @@ def test_questions_of_one_document_are_held_out_together(tmp_path: Path, monkeyp
     assert 0.2 < share < 0.5
 
 
-def test_every_stretch_has_one_question_of_each_kind_and_only_missing_ones_lack_an_answer() -> None:
+def test_every_stretch_has_its_kinds_of_questions_and_only_missing_ones_lack_an_answer() -> None:
     with lzma.open(FILE, "rt", encoding="utf8") as lines:
         items = [json.loads(line) for line in lines]
     kinds: dict[str, Counter[str]] = {}
@@ -79,5 +79,8 @@ def test_every_stretch_has_one_question_of_each_kind_and_only_missing_ones_lack_
         assert all(0 <= start < end <= length for start, end in one["sentences"])
         assert bool(one["sentences"]) == bool(one["answer"]) == (one["kind"] != "missing"), one
         assert 4 <= len(one["question"]) <= 240
-    assert all(set(found) == KINDS and set(found.values()) == {1} for found in kinds.values())
+    of_laymen = {"indirect": 3, "plain": 1, "missing": 1}  # about laws
+    assert all(found in (dict.fromkeys(KINDS, 1), of_laymen) for found in kinds.values())
+    laws = {one["window"] for one in items if one["source"] == "text.zh.laws"}
+    assert {window for window, found in kinds.items() if found == of_laymen} < laws
     assert len({one["question"] for one in items}) > 0.995 * len(items)

@@ -38,9 +38,13 @@ def test_most_documents_that_disagree_are_told_and_no_near_miss(language):
 
 
 def test_a_contradiction_says_in_which_words_and_the_better_answer_first():
-    (each,) = found("How much is the rent of the flat?", "The rent of the flat is 1,250 euros.", "The rent of the flat is 1,350 euros.")
-    assert (each.kind, each.first_words, each.second_words) == ("number", "1,250 euros", "1,350 euros")
-    assert (each.first.hit_number, each.second.hit_number) == (1, 2)
+    # Two sentences alike but for the number were asked for in the order of their passages once: chance decides there.
+    better = "The rent of the flat is 1,250 euros."
+    worse = "Since last spring, as the neighbours say, the rent of this flat is 1,350 euros."
+    for texts, order in (((better, worse), (1, 2)), ((worse, better), (2, 1))):
+        (each,) = found("How much is the rent of the flat?", *texts)
+        assert (each.kind, each.first_words, each.second_words) == ("number", "1,250 euros", "1,350 euros")
+        assert (each.first.hit_number, each.second.hit_number) == order
     three = found("大厅有多少个座位？", *(f"大厅有{number}个座位。" for number in ("420", "380", "四百二十")))
     assert {frozenset((each.first_words, each.second_words)) for each in three} == {
         frozenset(("420个", "380个")), frozenset(("380个", "四百二十个")),
