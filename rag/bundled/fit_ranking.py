@@ -23,7 +23,7 @@ import numpy as np
 from rag import evidence, ranking
 from rag.answer import Hit
 from rag.bundled.fit_questions import FitQuestion, Parts, Searched, search_all
-from rag.bundled.fit_weights import first_right, fit_listwise, fit_support, fit_thresholds
+from rag.bundled.fit_weights import first_right, fit_listwise, fit_support
 from rag.embedder import load_embedder
 
 HERE = Path(__file__).parent
@@ -209,17 +209,13 @@ def _fit_and_write(parts: Parts, out: Path) -> None:
         read_all(unanswered, with_and_without=False)
     print("passages fitted, sentences read", flush=True)
     asked = list(parts.asked.values())
-    own = fit_evidence(
+    own, threshold, doubt = fit_evidence(
         [*parts.fit.values(), *parts.reworded.values(), *(part.fit for part in asked)],
         [*parts.swapped.values(), *(part.missing for part in asked)],
     )
-    # Where to refuse is decided on what people ask; those who wrote the rest had the passage before them.
-    threshold, doubt = thresholds([part.fit for part in asked], [part.missing for part in asked], own)
     halves = [_parted(items) for items in parts.across.values()]
     asked_halves = [_parted(part.across) for part in asked]
-    across_fit = [items for items, _ in (*halves, *asked_halves)]
-    across = fit_evidence(across_fit, ())
-    across_threshold, _ = thresholds(across_fit, (), across)
+    across, across_threshold, _ = fit_evidence([items for items, _ in (*halves, *asked_halves)], ())
     # One threshold serves both: the probabilities across languages are moved to where it is right for them.
     across.support["bias"] = round(across.support["bias"] + _logit(threshold) - _logit(across_threshold), 5)
     figures = {
@@ -252,29 +248,20 @@ class EvidenceWeights:
     support: dict[str, float]
 
 
-def fit_evidence(groups: Sequence[Sequence[Searched]], swapped: Iterable[Sequence[Searched]]) -> EvidenceWeights:
-    """Sentence and support weights on ranked questions; nothing answers those of `swapped`."""
+def fit_evidence(
+    groups: Sequence[Sequence[Searched]], swapped: Iterable[Sequence[Searched]]
+) -> tuple[EvidenceWeights, float, float]:
+    """Sentence and support weights on ranked questions, and the thresholds of `fit_support`."""
     sentence = fit_listwise(
         [row for items in groups for row in _sentence_lists(items)], evidence.FEATURES, signs=_SENTENCE_SIGNS
     )
-    return EvidenceWeights(sentence, fit_support(*_all_support_rows(groups, swapped, sentence)))
-
-
-def thresholds(
-    groups: Sequence[Sequence[Searched]], swapped: Iterable[Sequence[Searched]], weights: EvidenceWeights
-) -> tuple[float, float]:
-    """`fit_thresholds` of these weights on these questions."""
-    rows, labels = _all_support_rows(groups, swapped, weights.sentence)
-    return fit_thresholds(1 / (1 + np.exp(-(rows @ np.array(list(weights.support.values()))))), labels)
-
-
-def _all_support_rows(
-    groups: Sequence[Sequence[Searched]], swapped: Iterable[Sequence[Searched]], sentence: dict[str, float]
-) -> tuple[np.ndarray, np.ndarray]:
     vector = np.array(list(sentence.values()))
     parts = [_support_rows(items, vector) for items in groups]
     parts += [_support_rows(items, vector, swapped=True) for items in swapped]
-    return np.concatenate([rows for rows, _ in parts]), np.concatenate([labels for _, labels in parts])
+    support, threshold, doubt = fit_support(
+        np.concatenate([rows for rows, _ in parts]), np.concatenate([labels for _, labels in parts])
+    )
+    return EvidenceWeights(sentence, support), threshold, doubt
 
 
 def _parted(items: Sequence[Searched]) -> tuple[list[Searched], list[Searched]]:

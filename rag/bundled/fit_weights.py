@@ -61,11 +61,12 @@ def first_right(lists: Sequence[tuple[np.ndarray, np.ndarray]], weights: dict[st
     return float(np.mean([right[np.argmax(rows @ vector)] for rows, right in lists]))
 
 
-def fit_support(rows: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Logistic weights.
+def fit_support(rows: np.ndarray, labels: np.ndarray) -> tuple[dict[str, float], float, float]:
+    """Logistic weights, the threshold that refuses most rightly, and the one below which to doubt.
 
-    Each has the sign its meaning gives it: folders differ from the questions fitted on, and two
-    features that cancel out here would not cancel there.
+    Each weight has the sign its meaning gives it: folders differ from the questions fitted on, and
+    two features that cancel out here would not cancel there. For refusing, a question that has an
+    answer counts ANSWERABLE_PRIOR times one that has none; for doubting, both count the same.
     """
     names = evidence.SUPPORT_FEATURES
     scale = rows.std(axis=0) + 1e-9
@@ -88,17 +89,12 @@ def fit_support(rows: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
     optimizer.step(loss)
     fitted = signed().detach().numpy() / scale
-    return {name: round(float(weight), 5) for name, weight in zip(names, fitted, strict=True)}
-
-
-def fit_thresholds(probability: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """The threshold that refuses most rightly, and the one below which to doubt.
-
-    For refusing, a question that has an answer counts ANSWERABLE_PRIOR times one that has none; for
-    doubting, both count the same.
-    """
-    refuse, doubt = (_best_threshold(probability, labels, prior) for prior in (ANSWERABLE_PRIOR, 1.0))
-    return refuse, doubt
+    probability = 1 / (1 + np.exp(-(rows @ fitted)))
+    weights = {name: round(float(weight), 5) for name, weight in zip(names, fitted, strict=True)}
+    refuse, doubt = (
+        _best_threshold(probability, labels, prior) for prior in (ANSWERABLE_PRIOR, 1.0)
+    )
+    return weights, refuse, doubt
 
 
 def _best_threshold(probability: np.ndarray, labels: np.ndarray, prior: float) -> float:
