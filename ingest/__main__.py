@@ -6,7 +6,6 @@ import argparse
 import io
 import json
 import signal
-import sqlite3
 import sys
 import time
 from collections.abc import Sequence
@@ -40,23 +39,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = Settings.load(
             kb=options.kb, embedder=options.embedder, chunk_tokens=options.chunk_tokens
         )
-        if options.copy_to_milvus:
-            return _copy_to_milvus(options, settings)
-        if options.report:
-            return _print_health(settings, as_json=options.json)
-        return _run(options, settings)
+        from rag.knowledge import explained_database_errors
+
+        with explained_database_errors(settings.kb):
+            if options.copy_to_milvus:
+                return _copy_to_milvus(options, settings)
+            if options.report:
+                return _print_health(settings, as_json=options.json)
+            return _run(options, settings)
     except (SettingsError, InputError) as error:
         parser.error(str(error))
     except RagError as error:
         print(f"ingest: {error}", file=sys.stderr)
-        return EXIT_ERROR
-    except sqlite3.Error as error:
-        from rag.knowledge import database_error
-
-        explained = database_error(error, settings.kb)
-        if explained is None:
-            raise
-        print(f"ingest: {explained}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         print(

@@ -28,7 +28,7 @@ from ingest.splitter import split_document
 from rag.document import Chunk, Document
 from rag.embedder import Embedder, StaticEmbedder, Vectors, load_embedder
 from rag.errors import EmbedderError, InputError, KnowledgeBaseError
-from rag.knowledge import FileRecord, database_error
+from rag.knowledge import FileRecord, explained_database_errors
 from rag.settings import Settings
 from rag.store import Store, create_store, find_store
 
@@ -165,18 +165,14 @@ class _Run:
 
     def _apply_to_base(self, *, reembed: bool) -> SyncReport:
         base = create_store(self._settings)
-        try:
-            return self._apply(base, reembed=reembed)
-        except sqlite3.OperationalError as error:  # the disk is full, a quota, a file is locked
-            raise KnowledgeBaseError(
-                f"the knowledge base in {base.folder} can't be written: {error}. What was stored "
-                "before is whole; make room or check the folder's rights, and run this again."
-            ) from error
-        except sqlite3.DatabaseError as error:  # damaged pages
-            explained = database_error(error, base.folder)
-            if explained is None:
-                raise
-            raise explained from error
+        with explained_database_errors(base.folder):
+            try:
+                return self._apply(base, reembed=reembed)
+            except sqlite3.OperationalError as error:  # the disk is full, a quota, a file is locked
+                raise KnowledgeBaseError(
+                    f"the knowledge base in {base.folder} can't be written: {error}. What was stored "
+                    "before is whole; make room or check the folder's rights, and run this again."
+                ) from error
 
     def _apply(self, base: Store, *, reembed: bool) -> SyncReport:
         with base.writing():

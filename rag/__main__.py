@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sqlite3
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -38,17 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         settings = Settings.load(**_overrides(options))
-        return int(options.run(options, settings))
+        from rag.knowledge import explained_database_errors
+
+        with explained_database_errors(settings.kb):
+            return int(options.run(options, settings))
     except RagError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except sqlite3.Error as error:
-        from rag.knowledge import database_error
-
-        explained = database_error(error, settings.kb)
-        if explained is None:
-            raise
-        print(f"error: {explained}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)

@@ -194,6 +194,18 @@ def database_error(error: sqlite3.Error, folder: str | Path) -> KnowledgeBaseErr
     return None
 
 
+@contextmanager
+def explained_database_errors(folder: str | Path) -> Iterator[None]:
+    """Raises KnowledgeBaseError in place of SQLite's errors that `database_error` knows."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        explained = database_error(error, folder)
+        if explained is None:
+            raise
+        raise explained from error
+
+
 def _damaged(error: sqlite3.Error, folder: Path) -> KnowledgeBaseError:
     return KnowledgeBaseError(
         f"{folder / DATABASE} can't be read ({error}). Restore it from a copy, or delete "

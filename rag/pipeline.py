@@ -115,6 +115,12 @@ class Rag:
             self._generator = generator
             self._calibration = calibration
 
+    def over(self, base: Store) -> Rag:
+        """Another one over this base, with the same models."""
+        other = Rag(base, self.embedder, self.settings)
+        other.use_generator(self.generator, self._calibration)
+        return other
+
     def retrieve(self, question: str, k: int | None = None, *, where: Filter = EVERYTHING) -> list[Hit]:
         """Up to k passages, best first (settings' top_k without k), of the files in `where`.
 

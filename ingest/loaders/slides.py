@@ -9,6 +9,7 @@ from typing import Any
 from ingest.archive import check_zip
 from ingest.builder import DocumentBuilder, clean_line
 from ingest.loaders.docx import join_runs
+from ingest.loaders.table import show_value
 from rag.document import Document
 from rag.errors import LoadError
 
@@ -109,7 +110,7 @@ def _add_chart(builder: DocumentBuilder, chart: Any, number: int) -> None:
         is_cut |= num_rows > _MAX_CATEGORIES or len(series) > _MAX_SERIES
         rows = [["", *(str(one.name) for one in series[:_MAX_SERIES])]]
         for row in range(min(num_rows, _MAX_CATEGORIES)):
-            shown = [_show(column[row]) if row < len(column) else "" for column in values[:_MAX_SERIES]]
+            shown = [show_value(column[row]) if row < len(column) else "" for column in values[:_MAX_SERIES]]
             rows.append([labels[row] if row < len(labels) else "", *shown])
         tables.append(rows)
     builder.add_paragraph(clean_line(title))
@@ -121,10 +122,6 @@ def _add_chart(builder: DocumentBuilder, chart: Any, number: int) -> None:
         builder.warnings.append(
             f"slide {number}: of a chart, {_MAX_CATEGORIES} categories and {_MAX_SERIES} series are read"
         )
-
-
-def _show(value: float | None) -> str:
-    return "" if value is None else f"{value:.15g}"
 
 
 def _walk(shapes: Any, depth: int) -> Iterator[Any]:

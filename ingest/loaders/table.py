@@ -97,7 +97,7 @@ class XlsxLoader:
 def _read_rows(sheet: Any) -> list[list[str]]:
     """The rows that hold something, all as wide as the widest of them."""
     sheet.reset_dimensions()  # what a file says of its size may be wrong, and would cut its rows off
-    rows = [[_show(value) for value in row] for row in sheet.iter_rows(values_only=True)]
+    rows = [[show_value(value) for value in row] for row in sheet.iter_rows(values_only=True)]
     rows = [row for row in rows if any(row)]
     width = max((index + 1 for row in rows for index, cell in enumerate(row) if cell), default=0)
     return [row[:width] + [""] * (width - len(row)) for row in rows]
@@ -117,7 +117,7 @@ def _count_uncomputed(book: Any, sheet: Any) -> int:
     return count
 
 
-def _show(value: Any) -> str:
+def show_value(value: Any) -> str:
     """A cell's value as a person would write it: 3 and not 3.0, no time where it is midnight."""
     if value is None:
         return ""

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from rag.bundled.asked_questions import asked_questions
-from rag.bundled.training_data import held_out, is_measured, read_rows
+from rag.bundled.training_data import choose_rows, held_out, is_measured, read_rows
 from rag.language import detect_language
 from rag.sentences import sentence_spans
 
@@ -52,13 +52,7 @@ class Matching:
         """Questions of one source, half at random, half in runs of neighbours."""
         shares = _shares({name: len(questions) for name, questions in self.sources.items()})
         questions = self.sources[rng.choices(list(shares), weights=list(shares.values()))[0]]
-        if len(questions) <= size:
-            return questions
-        rows = set(rng.sample(range(len(questions)), size // 2))
-        while len(rows) < size:
-            begin = rng.randrange(len(questions))
-            rows.update(range(begin, min(begin + _NEIGHBOURS, len(questions))))
-        return [questions[row] for row in sorted(rows)[:size]]
+        return [questions[row] for row in choose_rows(len(questions), size, rng, run=_NEIGHBOURS)]
 
 
 def _shares(counts: dict[str, int]) -> dict[str, float]:

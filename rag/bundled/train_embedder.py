@@ -27,13 +27,21 @@ from torch.nn import functional
 
 from rag.bundled.asked_questions import asked_questions
 from rag.bundled.sentence_matching import Matching, matching_loss, read_matching
-from rag.bundled.training_data import held_out, is_measured, read_rows, text_files, windows
+from rag.bundled.training_data import (
+    choose_rows,
+    held_out,
+    is_measured,
+    read_rows,
+    text_files,
+    windows,
+)
 from rag.language import detect_language
 
 WIDTH = 256
 VOCABULARY = 30_000  # 30,000 x 256 float16 are 15.4 MB
 MAX_TOKENS = 512  # of a training text; at use there is no limit
 MATCHING_BATCH = 64  # questions; each stands against the sentences of all
+_NEIGHBOURS = 64  # rows of one run in a batch
 _ASKED_STEPS = {"asked-en": 105, "asked-zh": 200, "asked-across-en": 75, "asked-across-zh": 75}
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 
@@ -167,21 +175,6 @@ def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
     return encoded
 
 
-def choose_rows(source: Source, size: int, rng: random.Random) -> list[int]:
-    """Half of a batch at random, half from runs of neighbours.
-
-    Neighbouring rows come from the same article; being told apart is what they teach.
-    """
-    total = len(source.queries)
-    if total <= size:
-        return list(range(total))
-    rows = set(rng.sample(range(total), size // 2))
-    while len(rows) < size:
-        begin = rng.randrange(total)
-        rows.update(range(begin, min(begin + 64, total)))
-    return sorted(rows)[:size] if len(rows) == size else rng.sample(sorted(rows), size)
-
-
 def _bag(texts: list[np.ndarray], weight: torch.Tensor) -> torch.Tensor:
     offsets = np.zeros(len(texts), dtype=np.int64)
     np.cumsum([len(text) for text in texts[:-1]], out=offsets[1:])
@@ -237,7 +230,7 @@ def train(
         if isinstance(source, Matching):
             loss = matching_loss(source.batch(MATCHING_BATCH, rng), source.passages, weight)
         else:
-            rows = choose_rows(source, batch, rng)
+            rows = choose_rows(len(source.queries), batch, rng, run=_NEIGHBOURS)
             loss = contrastive_loss(
                 _bag([source.queries[row] for row in rows], weight),
                 _bag([source.positives[row] for row in rows], weight),

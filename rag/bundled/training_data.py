@@ -63,6 +63,20 @@ def text_files(data: Path) -> list[Path]:
     return files
 
 
+def choose_rows(total: int, size: int, rng: random.Random, *, run: int) -> list[int]:
+    """`size` of so many rows: half at random, half from runs of that many neighbours.
+
+    Neighbouring rows come from the same article; being told apart is what they teach.
+    """
+    if total <= size:
+        return list(range(total))
+    rows = set(rng.sample(range(total), size // 2))
+    while len(rows) < size:
+        begin = rng.randrange(total)
+        rows.update(range(begin, min(begin + run, total)))
+    return sorted(rows) if len(rows) == size else rng.sample(sorted(rows), size)
+
+
 def sentences(text: str) -> list[str]:
     """Sentences of a plain text, Chinese or English, without surrounding blanks."""
     return [part.strip() for part in _SENTENCE_END.split(text) if part and part.strip()]

@@ -22,8 +22,5 @@ class CurrentRag:
         with self._opening:
             identity = store_identity(settings)
             if identity != self._identity:
-                known = self._rag
-                fresh = Rag(open_store(settings), known.embedder, settings)
-                fresh.use_generator(known.generator, known._calibration)
-                self._rag, self._identity = fresh, identity
+                self._rag, self._identity = self._rag.over(open_store(settings)), identity
             return self._rag
