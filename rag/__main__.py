@@ -339,13 +339,15 @@ def _evaluate(options: argparse.Namespace, settings: Settings) -> int:
         raise InputError("there is nothing to measure. Name a file of questions, or --compare A.json B.json.")
     results = _measure(options.source, settings)
     run = run_of(results, source=str(options.source), settings=asdict(settings))
-    _print_summary(run.summary)
-    if options.save:
-        run.write(options.save)
-    if options.details:
-        _write_details(results, options.details)
-    if options.html:
-        write_report(run, options.html)
+    try:
+        _print_summary(run.summary)
+    finally:  # also where nobody reads on (`| head`): what was measured is not lost
+        if options.save:
+            run.write(options.save)
+        if options.details:
+            _write_details(results, options.details)
+        if options.html:
+            write_report(run, options.html)
     if options.json:
         print(json.dumps(run.summary, ensure_ascii=False))
     return 0

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from tiny_models import make_model
@@ -336,3 +337,15 @@ def test_files_that_questions_name_and_the_base_lacks_are_told(base, capsys):
 def test_calibrate_refuses_a_store_whose_threshold_nothing_would_read(base):
     done = run("rag", "calibrate", "--kb", base, "--store", "milvus", "--milvus-uri", "kb.db", code=1)
     assert "store is 'milvus'" in done.stderr
+
+
+def test_what_eval_measured_is_written_though_nobody_reads_its_figures(base, tmp_path):
+    """`rag eval --details FILE | head -1` wrote no details: the closed pipe came first."""
+    source = write_lines(tmp_path / "q.jsonl", {"question": "How high is the rent?", "path": "lease.md"})
+    command = [sys.executable, "-u", "-m", "rag", "eval", str(source), "--details", "d.jsonl", "--save", "s.json", "--kb", str(base)]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}) as process:
+        process.stdout.close()
+        process.wait(timeout=120)
+    assert (tmp_path / "d.jsonl").read_text(encoding="utf-8").count("\n") == 1
+    assert json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))["summary"]["n"] == 1
